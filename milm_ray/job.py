@@ -1,0 +1,157 @@
+"""What every job shares: the command line, the plan, the Ray session, messages and exit codes.
+
+A stage is a name, a `plan` (cheap, writes nothing) and a `run` (idempotent, returns a manifest).
+`jobs/<name>.py` hands one stage to `main`; `jobs/pipeline.py` hands all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from milm_ray.config import Config, load_config
+from milm_ray.errors import EXIT_FAILED, UserError
+from milm_ray.workspace import Workspace
+
+log = logging.getLogger("milm_ray")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a stage is about to do, so far as it can be known before the stages ahead of it ran.
+
+    rows: input rows; llm_calls: replies asked for that the store does not hold; tokens are
+    estimates; cost in USD, None where no price is known.
+    """
+
+    rows: int | None = None
+    llm_calls: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cost: float | None = None
+    resources: str = "CPU"
+    done: bool = False
+    notes: tuple[str, ...] = ()
+
+    def lines(self) -> list[str]:
+        if self.done:
+            return ["already done"]
+        rows = (
+            "unknown until the stages before it have run" if self.rows is None else f"{self.rows:,}"
+        )
+        lines = [f"rows: {rows}", f"resources: {self.resources}"]
+        if self.llm_calls:
+            cost = "unknown price" if self.cost is None else f"about ${self.cost:,.2f}"
+            lines.append(
+                f"LLM calls: {self.llm_calls:,}; about {self.prompt_tokens:,} prompt and "
+                f"{self.completion_tokens:,} completion tokens; {cost}"
+            )
+        return [*lines, *self.notes]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of the pipeline. check_paths: the config sections whose input paths it reads."""
+
+    name: str
+    plan: Callable[[Config, Workspace], Plan]
+    run: Callable[[Config, Workspace], Mapping[str, Any]]
+    check_paths: Sequence[str] = field(default=())
+    uses_ray: bool = True
+
+
+def main(description: str, stages: Sequence[Stage], argv: Sequence[str] | None = None) -> int:
+    """Run stages in order as a command; returns the exit code.
+
+    --config FILE [section.key=value …] [--dry-run]. Nothing is written and Ray is not started
+    before the configuration and every input path have been checked.
+    """
+    options = _arguments(description, argv)
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout
+    )
+    for noisy in ("httpx", "httpcore", "openai", "jieba", "matplotlib"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    try:
+        wanted = {section for stage in stages for section in stage.check_paths}
+        config = load_config(options.config, options.override, sorted(wanted))
+        workspace = Workspace.open(config.workspace)
+        plans = [(stage, stage.plan(config, workspace)) for stage in stages]
+        log.info("workspace: %s", workspace.uri)
+        for stage, plan in plans:
+            for line in plan.lines():
+                log.info("plan %s | %s", stage.name, line)
+        if options.dry_run:
+            log.info("dry run: nothing was done")
+            return 0
+        if any(stage.uses_ray and not plan.done for stage, plan in plans):
+            connect(config)
+        for number, stage in enumerate(stages, 1):
+            _run_stage(stage, config, workspace, f"[{number}/{len(stages)}]")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to resume", file=sys.stderr, flush=True)
+        return EXIT_FAILED
+    return 0
+
+
+def _run_stage(stage: Stage, config: Config, workspace: Workspace, where: str) -> None:
+    started = time.time()
+    log.info("%s %s | start", where, stage.name)
+    manifest = stage.run(config, workspace)
+    counts = ", ".join(f"{key} {_short(value)}" for key, value in manifest["counts"].items())
+    log.info("%s %s | done in %.1f s: %s", where, stage.name, time.time() - started, counts)
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{k} {_short(v)}" for k, v in value.items()) + "}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _arguments(description: str, argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", required=True, help="YAML file, see jobs/configs/")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and do nothing")
+    parser.add_argument(
+        "override", nargs="*", metavar="section.key=value", help="override one value"
+    )
+    return parser.parse_intermixed_args(argv)
+
+
+def connect(config: Config) -> None:
+    """Join the cluster named by RAY_ADDRESS (as in a submitted job), or start a local one."""
+    # Both are read when Ray is imported.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "0" if sys.stdout.isatty() else "1")
+    import ray
+
+    if ray.is_initialized():
+        return
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(address="auto", log_to_driver=True, logging_level=logging.WARNING)
+        return
+    ray.init(
+        address="local",
+        num_cpus=config.ray.num_cpus,
+        include_dashboard=config.ray.dashboard,
+        logging_level=logging.WARNING,
+    )
+
+
+def finished(workspace: Workspace, artifact: str, fingerprint: Mapping[str, Any]) -> bool:
+    """Whether a stage's artifact is there and current; says so, since the stage will be skipped."""
+    done = workspace.is_done(artifact, fingerprint)
+    if done:
+        log.info("%s/ is up to date; nothing to do", artifact)
+    return done

@@ -1,0 +1,170 @@
+"""The tables by which the stages meet: one Arrow schema each, and the few row types built on them.
+
+A *turn* is one speaker's uninterrupted text; a *round* is one client-counselor exchange. Inside a
+dialogue the turns alternate and the client speaks first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import pyarrow as pa
+
+Role = Literal["client", "counselor"]
+
+TURN = pa.struct([pa.field("role", pa.string()), pa.field("content", pa.string())])
+EXCHANGE = pa.struct([pa.field("client", pa.string()), pa.field("counselor", pa.string())])
+
+DIALOGUES = pa.schema(
+    {
+        "dialogue_id": pa.string(),
+        "corpus": pa.string(),
+        "source_id": pa.string(),
+        "topic": pa.string(),
+        "turns": pa.list_(TURN),
+    }
+)
+# A transcribed dialogue keeps the id of the dialogue it was made from: the split goes by it.
+MI_DIALOGUES = pa.schema(
+    [
+        *DIALOGUES,
+        pa.field("source_dialogue_id", pa.string()),
+        pa.field("target_behavior", pa.string()),
+        pa.field("reply_key", pa.string()),
+    ]
+)
+VERDICTS = pa.schema(
+    {
+        "dialogue_id": pa.string(),
+        "corpus": pa.string(),
+        "source_id": pa.string(),
+        "comprehensiveness": pa.int64(),
+        "professionalism": pa.int64(),
+        "authenticity": pa.int64(),
+        "safety": pa.int64(),
+        "status": pa.string(),  # scored | unscored
+        "reason": pa.string(),  # the judge's sentence, or why the reply could not be scored
+        "reply_key": pa.string(),
+    }
+)
+REJECTS = pa.schema(
+    {
+        "stage": pa.string(),
+        "corpus": pa.string(),
+        "source_id": pa.string(),
+        "dialogue_id": pa.string(),
+        "reason": pa.string(),
+        "detail": pa.string(),
+        "raw": pa.string(),
+    }
+)
+ROUNDS = pa.schema(
+    {
+        "dialogue_id": pa.string(),
+        "round_index": pa.int64(),
+        "topic": pa.string(),
+        "instruction": pa.string(),
+        "input": pa.string(),
+        "output": pa.string(),
+        "history": pa.list_(EXCHANGE),
+    }
+)
+PREDICTIONS = pa.schema(
+    {
+        "dialogue_id": pa.string(),
+        "round_index": pa.int64(),
+        "model": pa.string(),
+        "variant": pa.string(),  # base | adapter
+        "sampling": pa.string(),  # greedy | seed-<n>
+        "text": pa.string(),
+        "finish_reason": pa.string(),
+        "prompt_tokens": pa.int64(),
+        "completion_tokens": pa.int64(),
+        "latency_s": pa.float64(),
+        "dropped_rounds": pa.int64(),
+    }
+)
+TRAINING_LOG = pa.schema(
+    {
+        "model": pa.string(),
+        "step": pa.int64(),
+        "epoch": pa.float64(),
+        "loss": pa.float64(),
+        "learning_rate": pa.float64(),
+        "grad_norm": pa.float64(),
+        "tokens_per_s": pa.float64(),
+    }
+)
+
+
+@dataclass(frozen=True)
+class Turn:
+    role: Role
+    content: str
+
+
+@dataclass(frozen=True)
+class Dialogue:
+    """A counselling dialogue. `source_id` is the corpus's own name for it (file, id, md5)."""
+
+    corpus: str
+    source_id: str
+    turns: list[Turn]
+    topic: str = ""
+
+    @property
+    def dialogue_id(self) -> str:
+        return dialogue_id(self.corpus, self.turns)
+
+    def row(self) -> dict[str, Any]:
+        """The dialogue as one row of DIALOGUES."""
+        return {"dialogue_id": self.dialogue_id, **asdict(self)}
+
+
+@dataclass(frozen=True)
+class Reject:
+    """One thing that could not be used, and why; `raw` is what was there (first 2,000 characters)."""
+
+    stage: str
+    reason: str
+    corpus: str = ""
+    source_id: str = ""
+    dialogue_id: str = ""
+    detail: str = ""
+    raw: str = field(default="", repr=False)
+
+    def row(self) -> dict[str, Any]:
+        """The reject as one row of REJECTS."""
+        return {**asdict(self), "raw": self.raw[:2000]}
+
+
+def dialogue_id(corpus: str, turns: list[Turn]) -> str:
+    """sha256 of the corpus and the turns: the same text in the same corpus has the same id."""
+    canonical = json.dumps(
+        [corpus, [[t.role, t.content] for t in turns]], ensure_ascii=False, separators=(",", ":")
+    )
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def turns_of(row: dict[str, Any]) -> list[Turn]:
+    """The turns of one row of DIALOGUES."""
+    return [Turn(turn["role"], turn["content"]) for turn in row["turns"]]
+
+
+def structure_fault(turns: list[Turn]) -> str | None:
+    """Why turns are not a dialogue (client first, alternating, ended by the counselor), or None."""
+    if not turns:
+        return "empty"
+    if any(not turn.content.strip() for turn in turns):
+        return "empty_turn"
+    if len({turn.role for turn in turns}) < 2:
+        return "one_sided"
+    expected: tuple[Role, Role] = ("client", "counselor")
+    if any(turn.role != expected[i % 2] for i, turn in enumerate(turns)):
+        return "roles_do_not_alternate"
+    if len(turns) % 2:
+        return "ends_with_client"
+    return None
