@@ -1,0 +1,53 @@
+# milm_ray: `make quickstart` and `make test` are all a new machine needs.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# CUDA machines: make LOCK=requirements/gpu.lock …
+LOCK ?= requirements/cpu.lock
+TORCH := $(shell grep -m1 '^torch==' $(LOCK))
+# PyTorch keeps its CPU builds on an index of its own; PyPI's torch is the CUDA build.
+TORCH_INDEX := $(if $(findstring cpu,$(LOCK)),--extra-index-url https://download.pytorch.org/whl/cpu,)
+export RAY_USAGE_STATS_ENABLED := 0
+export TOKENIZERS_PARALLELISM := false
+
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart test lint format lock clean
+
+help: ## list what there is
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+install: $(VENV)/.installed ## make .venv from the lock
+
+$(VENV)/.installed: $(LOCK) pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: Python 3.11 or newer is needed; fix: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check --retries 1 --no-deps $(TORCH_INDEX) '$(TORCH)'
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -r $(LOCK)
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+quickstart: install ## the whole pipeline on the samples, offline; opens nothing, writes runs/quickstart
+	$(BIN)/python jobs/pipeline.py --config jobs/configs/quickstart.yaml
+	@echo "report: runs/quickstart/report/index.html"
+
+test: lint ## lint, then every test
+	$(BIN)/python -m pytest
+
+lint: install ## ruff, mypy, import-linter
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: install ## rewrite the code in the house format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+lock: ## resolve the locks anew from requirements/*.in
+	$(PYTHON) requirements/lock.py
+
+clean: ## remove the virtual environment and the runs
+	rm -rf $(VENV) runs
