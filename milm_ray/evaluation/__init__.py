@@ -1,0 +1,1 @@
+"""Automatic evaluation of predictions: overlap with references, intervals, Figure 3."""
