@@ -1,0 +1,1 @@
+"""The MITI study: coding scheme, coding sheets, summary scores, agreement, AnnoMI."""
