@@ -91,6 +91,10 @@ class LLMSection(Section):
     timeout_s: float = Field(120.0, gt=0)
     max_attempts: int = Field(6, ge=1)
     max_cost: float | None = Field(None, gt=0, description="stop before spending more, in USD")
+    prompt_price: float | None = Field(
+        None, ge=0, description="USD per million tokens; None: the list of milm_ray/llm/prices.py"
+    )
+    completion_price: float | None = Field(None, ge=0, description="as prompt_price")
 
 
 class CurateSection(Section):
@@ -115,6 +119,9 @@ class TranscribeSection(Section):
     min_rounds: int = Field(3, ge=1)
     max_rounds: int = Field(20, ge=1)
     preserve_rounds: bool = Field(False, description="reject a reply with another round count")
+    require_target: bool = Field(
+        False, description="transcribe only dialogues with a recognised target behaviour"
+    )
     max_reject_rate: float = Field(0.2, ge=0, le=1)
 
 
