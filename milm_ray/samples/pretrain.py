@@ -1,0 +1,239 @@
+"""Pre-train the tiny base models of the quickstart on SmileChat (CC0).
+
+    python -m milm_ray.samples.pretrain --corpus smile-data.tar.xz --out DIR [--model NAME]
+
+The three share most of their training: a trunk in the Llama layout is trained at a constant
+learning rate; each model starts from its weights (embeddings matched by token text, matrices
+brought into the model's layout) and is trained further, in its own chat format, while the learning
+rate falls to zero. Every token carries loss. One core, fp32, seeded; an interrupted run goes on
+from its last checkpoint under --work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import random
+import tarfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from milm_ray.models import chat_format
+from milm_ray.samples import tiny_layouts, tiny_tokenizers
+
+if TYPE_CHECKING:
+    import torch
+
+Dialogue = list[dict[str, str]]
+
+SEED = 20240524
+TOKENIZER_DIALOGUES = 6000
+HELD_OUT_SHARE = 100  # one dialogue in so many
+EVALUATED = 200
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of training: steps of batch x length tokens, over dialogues from `start` on.
+
+    decay: the learning rate falls linearly to zero over the phase; otherwise it stays constant.
+    """
+
+    steps: int
+    batch: int
+    length: int
+    start: int
+    decay: bool
+    warmup: int = 30
+    muon_lr: float = 0.02
+    adam_lr: float = 0.004
+
+
+TRUNK = Phase(steps=2000, batch=8, length=512, start=0, decay=False)
+BRANCHES = {
+    "tiny-llama3": Phase(steps=200, batch=4, length=1024, start=9000, decay=True),
+    "tiny-glm4": Phase(steps=300, batch=4, length=1024, start=9000, decay=True),
+    "tiny-baichuan2": Phase(steps=300, batch=4, length=1024, start=9000, decay=True),
+}
+FORMAT = {"tiny-llama3": "llama3", "tiny-glm4": "glm4", "tiny-baichuan2": "baichuan2"}
+
+
+def read_smilechat(corpus: Path) -> tuple[list[Dialogue], list[Dialogue]]:
+    """(training, held-out) dialogues of a SmileChat archive or folder, training ones shuffled.
+
+    The client opens and rounds alternate: neighbours of one role are joined by a newline. A
+    dialogue is held out by its file name's hash.
+    """
+    roles = {"client": "user", "counselor": "assistant"}
+    train: list[Dialogue] = []
+    held_out: list[Dialogue] = []
+    for name, raw in sorted(_json_files(corpus)):
+        messages: Dialogue = []
+        for turn in json.loads(raw):
+            role, content = roles[turn["role"]], turn["content"]
+            if messages and messages[-1]["role"] == role:
+                messages[-1]["content"] += "\n" + content
+            elif messages or role == "user":
+                messages.append({"role": role, "content": content})
+        digest = int(hashlib.sha256(name.encode()).hexdigest(), 16)
+        (held_out if digest % HELD_OUT_SHARE == 0 else train).append(messages)
+    random.Random(SEED).shuffle(train)
+    return train, held_out
+
+
+def _json_files(corpus: Path) -> Iterator[tuple[str, bytes]]:
+    if corpus.is_dir():
+        for path in corpus.rglob("*.json"):
+            yield path.name, path.read_bytes()
+        return
+    with tarfile.open(corpus) as archive:
+        for member in archive:
+            if member.name.endswith(".json") and (stream := archive.extractfile(member)):
+                yield Path(member.name).name, stream.read()
+
+
+def encode(tokenizer: Any, model: str, dialogue: Dialogue) -> tuple[list[int], list[int]]:
+    """Ids and targets of a dialogue with loss on every token, the client's included."""
+    input_ids, labels = chat_format.encode_dialogue(tokenizer, FORMAT[model], dialogue)
+    ignore = chat_format.IGNORE_INDEX
+    return input_ids, [b if b != ignore else a for a, b in zip(input_ids, labels, strict=True)]
+
+
+def blocks(
+    tokenizer: Any, model: str, dialogues: list[Dialogue], phase: Phase
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Packed (inputs, targets) of a phase, each int64 [batch, length], targets already shifted."""
+    import torch
+
+    need = phase.batch * phase.length
+    ids: list[int] = []
+    targets: list[int] = []
+    index = phase.start
+    while True:
+        while len(ids) <= need:
+            more_ids, more_targets = encode(tokenizer, model, dialogues[index % len(dialogues)])
+            ids += more_ids
+            targets += more_targets
+            index += 1
+        shape = (phase.batch, phase.length)
+        yield torch.tensor(ids[:need]).view(shape), torch.tensor(targets[1 : need + 1]).view(shape)
+        ids, targets = ids[need:], targets[need:]
+
+
+class Muon:
+    """Muon (Jordan et al. 2024) in fp32: momentum, orthogonalised by five Newton-Schulz steps.
+
+    torch.optim.Muon computes in bf16, which CPUs without bf16 units do a hundred times slower.
+    """
+
+    def __init__(self, params: list[torch.Tensor], momentum: float = 0.95) -> None:
+        import torch
+
+        self.params = params
+        self.momentum = momentum
+        self.buffers = [torch.zeros_like(param) for param in params]
+
+    def step(self, lr: float) -> None:
+        import torch
+
+        with torch.no_grad():
+            for param, buffer in zip(self.params, self.buffers, strict=True):
+                assert param.grad is not None
+                buffer.lerp_(param.grad, 1 - self.momentum)
+                update = self._orthogonal(param.grad.lerp(buffer, self.momentum))
+                param.add_(update, alpha=-lr * math.sqrt(max(1.0, param.shape[0] / param.shape[1])))
+
+    @staticmethod
+    def _orthogonal(matrix: torch.Tensor) -> torch.Tensor:
+        tall = matrix.shape[0] > matrix.shape[1]
+        x = matrix.T if tall else matrix
+        x = x / (x.norm() + 1e-7)
+        for _ in range(5):
+            gram = x @ x.T
+            x = 3.4445 * x + (2.0315 * (gram @ gram) - 4.7750 * gram) @ x
+        return x.T if tall else x
+
+
+def train(
+    model: Any,
+    batches: Iterator[tuple[torch.Tensor, torch.Tensor]],
+    phase: Phase,
+    checkpoint: Path,
+    compiled: bool = True,
+) -> None:
+    """Train in place over a phase; resumes from and keeps `checkpoint`."""
+    import torch
+    from torch.nn import functional
+
+    body = [p for n, p in model.named_parameters() if p.ndim == 2 and "layers" in n]
+    in_body = {id(p) for p in body}
+    others = [p for p in model.parameters() if id(p) not in in_body]
+    muon = Muon(body)
+    adam = torch.optim.AdamW(others, lr=phase.adam_lr, betas=(0.9, 0.95), weight_decay=0.0)
+    first = 0
+    if checkpoint.exists():
+        state = torch.load(checkpoint)
+        model.load_state_dict(state["model"])
+        adam.load_state_dict(state["adam"])
+        for buffer, saved in zip(muon.buffers, state["muon"], strict=True):
+            buffer.copy_(saved)
+        first = min(state["step"], phase.steps)
+
+    def loss_of(inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        logits = model(input_ids=inputs, use_cache=False).logits
+        return functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    loss_fn = torch.compile(loss_of, dynamic=False) if compiled else loss_of
+    began, seen = time.monotonic(), 0
+    for step in range(phase.steps):
+        inputs, targets = next(batches)
+        if step < first:
+            continue
+        rate = min(1.0, (step + 1) / phase.warmup)
+        if phase.decay:
+            rate = min(rate, (phase.steps - step) / phase.steps)
+        loss = loss_fn(inputs, targets)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(others, 1.0)
+        muon.step(phase.muon_lr * rate)
+        for group in adam.param_groups:
+            group["lr"] = phase.adam_lr * rate
+        adam.step()
+        model.zero_grad()
+        seen += inputs.numel()
+        last = step + 1 == phase.steps
+        if (step + 1) % 20 == 0 or last:
+            speed = seen / (time.monotonic() - began)
+            print(f"step {step + 1} loss {loss.item():.3f} {speed:.0f} tokens/s", flush=True)
+        if (step + 1) % 50 == 0 or last:
+            partial = checkpoint.with_suffix(".partial")
+            state = {"model": model.state_dict(), "adam": adam.state_dict(), "step": step + 1}
+            torch.save({**state, "muon": muon.buffers}, partial)
+            partial.replace(checkpoint)
+
+
+def held_out_perplexity(
+    model: Any, tokenizer: Any, name: str, dialogues: list[Dialogue]
+) -> tuple[float, float]:
+    """(per token, per character of the turns) perplexity over whole dialogues, format included."""
+    import torch
+    from torch.nn import functional
+
+    nll, tokens, characters = 0.0, 0, 0
+    with torch.no_grad():
+        for dialogue in dialogues:
+            ids, targets = encode(tokenizer, name, dialogue)
+            if len(ids) > tiny_layouts.MAX_POSITIONS:
+                continue
+            logits = model(input_ids=torch.tensor([ids[:-1]]), use_cache=False).logits[0]
+            nll += functional.cross_entropy(
+                logits.float(), torch.tensor(targets[1:]), reduction="sum"
+            ).item()
+            tokens += len(ids) - 1
+            characters += sum(len(turn["content"]) for turn in dialogue)
+    return math.exp(nll / tokens), math.exp(nll / characters)
