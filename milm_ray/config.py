@@ -61,11 +61,16 @@ class CorpusSource(Section):
     path: Annotated[str, _input_path("ingest")] = Field(
         description="directory, archive or file in the corpus's own layout"
     )
-    limit: int | None = Field(None, ge=1, description="read the first N source files only")
+    limit: int | None = Field(
+        None, ge=1, description="first N files, or first N records of a file that holds many"
+    )
 
 
 class IngestSection(Section):
     corpora: dict[CorpusName, CorpusSource] = Field(default_factory=dict)
+    max_reject_rate: float = Field(
+        0.5, ge=0, le=1, description="of a corpus, duplicates apart; above it the job fails"
+    )
 
 
 class LLMSection(Section):
@@ -163,6 +168,14 @@ class FinetuneSection(Section):
     logging_steps: int = Field(10, ge=1, description="paper")
     save_steps: int = Field(500, ge=1, description="paper")
     cutoff: int = Field(2048, ge=16, description="tokens; LLaMA-Factory's default")
+    unit: Literal["dialogue", "round"] = Field(
+        "dialogue",
+        description="sample: a dialogue with loss on every counselor turn, or one of its rounds",
+    )
+    pack_tokens: int = Field(
+        8192, ge=1, description="tokens per forward pass; changes speed and memory, not gradients"
+    )
+    gradient_checkpointing: bool = Field(True, description="LLaMA-Factory's default")
     max_grad_norm: float = Field(1.0, gt=0, description="LLaMA-Factory's default")
     weight_decay: float = Field(0.0, ge=0, description="LLaMA-Factory's default")
     lora: LoraSection = LoraSection()
