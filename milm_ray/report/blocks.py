@@ -1,0 +1,175 @@
+"""The pieces a report page is made of: tables (also written as CSV), images, transcripts, sources.
+
+They hold values, not markup; `page.html.j2` draws them.
+"""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from milm_ray.workspace import MANIFEST, Workspace
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column: `digits` decimals for floats; numbers stand right-aligned in equal-width digits."""
+
+    label: str
+    digits: int | None = None
+    numeric: bool = False
+    chinese: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """A captioned table. A None cell is a value that does not exist; `foot` explains the rest.
+
+    name: the file name of its CSV copy under report/.
+    """
+
+    kind: ClassVar[str] = "table"
+    name: str
+    caption: str
+    columns: Sequence[Column]
+    rows: Sequence[Sequence[Any]]
+    foot: Sequence[str] = ()
+
+    def csv(self) -> str:
+        """The table as CSV text, numbers in full precision, None as an empty cell."""
+        sink = io.StringIO()
+        writer = csv.writer(sink, lineterminator="\n")
+        writer.writerow([column.label for column in self.columns])
+        writer.writerows([["" if cell is None else cell for cell in row] for row in self.rows])
+        return sink.getvalue()
+
+    @property
+    def csv_url(self) -> str:
+        """The CSV inside the page, so that a page sent on its own still gives its numbers."""
+        return (
+            "data:text/csv;charset=utf-8;base64," + base64.b64encode(self.csv().encode()).decode()
+        )
+
+
+@dataclass(frozen=True)
+class Image:
+    """A figure of the workspace, carried inside the page."""
+
+    kind: ClassVar[str] = "image"
+    caption: str
+    path: str
+    png: bytes = field(repr=False)
+
+    @property
+    def data_url(self) -> str:
+        return "data:image/png;base64," + base64.b64encode(self.png).decode()
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Labelled values, as a definition list. A value may be a string, a number or None."""
+
+    kind: ClassVar[str] = "facts"
+    items: Sequence[tuple[str, Any]]
+
+
+@dataclass(frozen=True)
+class Speech:
+    """Turns of one dialogue under a heading. turns: (role, text)."""
+
+    title: str
+    turns: Sequence[tuple[str, str]]
+    left_out: int = 0
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two dialogues side by side: the source and what the teacher made of it."""
+
+    kind: ClassVar[str] = "pair"
+    caption: str
+    left: Speech
+    right: Speech
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One model's reply to a test round; `score` is a short line of its metrics."""
+
+    label: str
+    base: str
+    adapter: str
+    base_score: str = ""
+    adapter_score: str = ""
+
+
+@dataclass(frozen=True)
+class Example:
+    """A test round: what the client said, the reference, and each model's two replies."""
+
+    kind: ClassVar[str] = "example"
+    title: str
+    client: str
+    reference: str
+    replies: Sequence[Reply]
+
+
+@dataclass(frozen=True)
+class Remark:
+    """A short paragraph; `finding` in front of it is set apart when there is one."""
+
+    kind: ClassVar[str] = "remark"
+    text: str
+    finding: str = ""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a section's numbers come from: one manifest."""
+
+    path: str
+    digest: str
+    finished_at: str
+
+    @classmethod
+    def of(cls, artifact: str, manifest: Mapping[str, Any]) -> Source:
+        return cls(f"{artifact}/{MANIFEST}", manifest["digest"], manifest["finished_at"])
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page. `absent` says what is missing when the workspace does not hold it."""
+
+    id: str
+    title: str
+    lead: str = ""
+    blocks: Sequence[Any] = ()
+    sources: Sequence[Source] = ()
+    absent: str = ""
+
+
+def images(ws: Workspace, artifact: str, captions: Mapping[str, str]) -> list[Image]:
+    """The PNG figures directly in an artifact, in the order of `captions`, the rest by name.
+
+    captions: file stem → caption; a figure without one is captioned by its name.
+    """
+    import pyarrow.fs as pafs
+
+    selector = pafs.FileSelector(ws.path(artifact), allow_not_found=True)
+    found = sorted(
+        info.base_name
+        for info in ws.filesystem.get_file_info(selector)
+        if info.base_name.endswith(".png")
+    )
+    order = list(captions)
+    found.sort(key=lambda name: order.index(name[:-4]) if name[:-4] in order else len(order))
+    pictures = []
+    for name in found:
+        with ws.filesystem.open_input_stream(ws.path(artifact, name)) as stream:
+            png = stream.read()
+        pictures.append(Image(captions.get(name[:-4], name[:-4]), f"{artifact}/{name}", png))
+    return pictures

@@ -1,0 +1,197 @@
+"""The data half of the page: corpora, curation, transcription, and the statistics of Table 3."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+import pyarrow.compute as pc
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+
+from milm_ray.report.blocks import Column, Facts, Pair, Remark, Section, Speech, Table, images
+from milm_ray.report.models import remarks
+from milm_ray.report.run import source_list, usage
+from milm_ray.workspace import Workspace
+
+_SHOWN_TURNS = 8
+_DIMENSIONS = ("comprehensiveness", "professionalism", "authenticity", "safety")
+
+Manifests = Mapping[str, Mapping[str, Any]]
+
+
+def corpora(ws: Workspace, found: Manifests) -> Section:
+    """What was read from each corpus and what could not be used."""
+    if "dialogues" not in found:
+        return _absent("corpora", "Corpora", "dialogues/", "ingest")
+    table = ws.read_table("dialogues", ["corpus", "turns"])
+    turns = pc.list_value_length(table["turns"])
+    sizes = table.drop_columns(["turns"]).append_column("turns", turns)
+    grouped = sizes.group_by("corpus").aggregate([("turns", "count"), ("turns", "mean")])
+    rejects = reject_counts(ws, "ingest")
+    lost = Counter({c: sum(n for (k, _), n in rejects.items() if k == c) for c, _ in rejects})
+    rows = [
+        [row["corpus"], row["turns_count"], row["turns_mean"] / 2, lost.get(row["corpus"], 0)]
+        for row in sorted(grouped.to_pylist(), key=lambda row: row["corpus"])
+    ]
+    blocks: list[Any] = [
+        Table(
+            "corpora",
+            "Dialogues read per corpus",
+            [
+                Column("Corpus"),
+                Column("Dialogues", numeric=True),
+                Column("Rounds per dialogue", digits=2, numeric=True),
+                Column("Rejected", numeric=True),
+            ],
+            rows,
+            ["A round is one client turn and the counselor's answer."],
+        ),
+        *_reject_table("ingest", rejects),
+    ]
+    repaired = found["dialogues"]["counts"].get("repairs", {})
+    if isinstance(repaired, Mapping) and repaired:
+        blocks.append(Facts([(str(reason), count) for reason, count in repaired.items()]))
+    return Section(
+        "corpora",
+        "Corpora",
+        "Ordinary Chinese counselling dialogues, read from the corpora's own files.",
+        blocks,
+        source_list(found, "dialogues"),
+    )
+
+
+def reject_counts(ws: Workspace, stage: str) -> dict[tuple[str, str], int]:
+    """(corpus, reason) → number of rejects that a stage wrote."""
+    selector = pafs.FileSelector(ws.path("rejects", stage), recursive=True, allow_not_found=True)
+    files = [
+        info.path
+        for info in ws.filesystem.get_file_info(selector)
+        if info.path.endswith(".parquet")
+    ]
+    if not files:
+        return {}
+    table = pq.read_table(files, filesystem=ws.filesystem, columns=["corpus", "reason"])
+    grouped = table.group_by(["corpus", "reason"]).aggregate([([], "count_all")])
+    return {(r["corpus"], r["reason"]): r["count_all"] for r in grouped.to_pylist()}
+
+
+def _reject_table(stage: str, rejects: Mapping[tuple[str, str], int]) -> list[Any]:
+    if not rejects:
+        return [Remark("No row was rejected.")]
+    rows = [[corpus, reason, count] for (corpus, reason), count in sorted(rejects.items())]
+    columns = [Column("Corpus"), Column("Reason"), Column("Rows", numeric=True)]
+    foot = [f"Each rejected row with its raw text is in rejects/{stage}/."]
+    return [Table(f"rejects_{stage}", "Rejected, by reason", columns, rows, foot)]
+
+
+def curation(ws: Workspace, found: Manifests) -> Section:
+    """Figure 2: the judge's verdicts per corpus, and which corpora were kept."""
+    if "verdicts" not in found:
+        return _absent("curation", "Curation", "verdicts/", "curate")
+    verdicts = ws.read_table("verdicts").to_pylist()
+    by_corpus: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for verdict in verdicts:
+        by_corpus[verdict["corpus"]].append(verdict)
+    rows = []
+    for corpus, group in sorted(by_corpus.items()):
+        scored = [verdict for verdict in group if verdict["status"] == "scored"]
+        means = [_mean([verdict[name] for verdict in scored]) for name in _DIMENSIONS]
+        total = None if None in means else sum(mean for mean in means if mean is not None)
+        rows.append([corpus, len(scored), len(group) - len(scored), *means, total])
+    rows.sort(key=lambda row: -(row[-1] or 0))
+    table = Table(
+        "figure2_verdicts",
+        "Figure 2 as a table. Mean verdicts per corpus, raw scores",
+        [
+            Column("Corpus"),
+            Column("Scored", numeric=True),
+            Column("Unscored", numeric=True),
+            *(Column(name.capitalize(), digits=2, numeric=True) for name in _DIMENSIONS),
+            Column("Total", digits=2, numeric=True),
+        ],
+        rows,
+        [
+            "Maxima: comprehensiveness 2, professionalism 3, authenticity 3, safety 1; 9 together.",
+            "A reply that could not be read as a verdict is unscored: it is in no mean.",
+        ],
+    )
+    figure = images(ws, "verdicts", {"figure2": "Figure 2. Quality of the corpora"})
+    return Section(
+        "curation",
+        "Curation",
+        "A seeded sample of each corpus, judged on four dimensions; the best corpora go on.",
+        [*figure, table, *remarks("curation")],
+        source_list(found, "verdicts", "selection"),
+    )
+
+
+def _mean(values: list[int]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def transcription(ws: Workspace, found: Manifests) -> Section:
+    """Counts, cost and rejects of the rewrite into MI style, and one dialogue before and after."""
+    if "mi_dialogues" not in found:
+        return _absent("transcription", "Transcription into MI", "mi_dialogues/", "transcribe")
+    manifest = found["mi_dialogues"]
+    table = ws.read_table("mi_dialogues")
+    spent = usage(manifest)
+    facts = Facts(
+        [
+            ("MI dialogues", table.num_rows),
+            ("With a target behaviour", _filled(table, "target_behavior")),
+            ("Prompt tokens", spent.get("prompt_tokens")),
+            ("Completion tokens", spent.get("completion_tokens")),
+            ("Cost, USD", spent.get("cost")),
+        ]
+    )
+    blocks: list[Any] = [facts, *_reject_table("transcribe", reject_counts(ws, "transcribe"))]
+    pair = _example_pair(ws, found, table)
+    if pair:
+        blocks.append(pair)
+    return Section(
+        "transcription",
+        "Transcription into MI",
+        "A teacher model rewrites each source dialogue so that the counselor keeps to motivational "
+        "interviewing.",
+        [*blocks, *remarks("transcription")],
+        source_list(found, "mi_dialogues"),
+    )
+
+
+def _filled(table: Any, column: str) -> int:
+    return int(pc.sum(pc.not_equal(pc.fill_null(table[column], ""), "")).as_py() or 0)
+
+
+def _example_pair(ws: Workspace, found: Manifests, table: Any) -> Pair | None:
+    """The first MI dialogue, in the order of ids, whose source is in the workspace too."""
+    if "dialogues" not in found or not table.num_rows:
+        return None
+    rewritten = table.sort_by("dialogue_id").slice(0, 1).to_pylist()[0]
+    source = (
+        ws.read_table("dialogues")
+        .filter(pc.field("dialogue_id") == rewritten["source_dialogue_id"])
+        .to_pylist()
+    )
+    if not source:
+        return None
+    behaviour = rewritten["target_behavior"]
+    about = f"; target behaviour: {behaviour}" if behaviour else ""
+    return Pair(
+        f"{rewritten['corpus']} / {rewritten['source_id']} before and after transcription{about}",
+        _speech("Source", source[0]["turns"]),
+        _speech("Transcribed", rewritten["turns"]),
+    )
+
+
+def _speech(title: str, turns: list[dict[str, str]]) -> Speech:
+    shown = [(turn["role"], turn["content"]) for turn in turns[:_SHOWN_TURNS]]
+    return Speech(f"{title}, {len(turns) // 2} rounds", shown, max(0, len(turns) - _SHOWN_TURNS))
+
+
+def _absent(id: str, title: str, artifact: str, job: str) -> Section:
+    return Section(
+        id, title, absent=f"{artifact} is not in this workspace. jobs/{job}.py makes it."
+    )

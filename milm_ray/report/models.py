@@ -1,0 +1,329 @@
+"""The models' half of the page: published benchmarks, fine-tuning, Figure 3, and what they say."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from milm_ray.config import Config
+from milm_ray.report import paper
+from milm_ray.report.blocks import Column, Example, Facts, Remark, Reply, Section, Table, images
+from milm_ray.report.run import source_list
+from milm_ray.workspace import Workspace
+
+METRIC_NAMES = {
+    "bleu_4": "BLEU-4",
+    "rouge_1": "ROUGE-1",
+    "rouge_2": "ROUGE-2",
+    "rouge_l": "ROUGE-L",
+    "chrf": "chrF",
+}
+_SIDES = ("base", "adapter")
+_EXAMPLES = 3
+
+Manifests = Mapping[str, Mapping[str, Any]]
+
+
+def benchmarks() -> Section:
+    """Table 1: the published scores of the paper's base models, each with its source."""
+    rows = [
+        [row.scored_model, *(row.scores[name] for name in paper.BENCHMARKS), row.shots]
+        for row in paper.TABLE_1
+    ]
+    feet = [f"{row.scored_model}: {row.source}. {row.note}" for row in paper.TABLE_1]
+    table = Table(
+        "table1_benchmarks",
+        "Table 1. Published benchmark scores of the three base models, percent",
+        [
+            Column("Model"),
+            *(Column(name, digits=2, numeric=True) for name in paper.BENCHMARKS),
+            Column("How measured"),
+        ],
+        rows,
+        feet,
+    )
+    blocks = [Remark(paper.TABLE_1_NOTE), table, *remarks("benchmarks")]
+    return Section("benchmarks", "The base models", "", blocks)
+
+
+def remarks(section: str) -> list[Remark]:
+    """The notes on the paper that belong to a section."""
+    return [Remark(note.handling, note.finding) for note in paper.notes_for(section)]
+
+
+def finetune(config: Config, ws: Workspace, found: Manifests) -> Section:
+    """Settings, last losses and loss curves of the adapters."""
+    adapters = [place for place in found if place.startswith("adapters/")]
+    if not adapters:
+        return _absent("finetune", "Fine-tuning", "adapters/", "finetune")
+    rows = []
+    for place in adapters:
+        log = _training_log(ws, place)
+        rows.append(
+            [
+                model_label(config, place.removeprefix("adapters/")),
+                max(log["step"], default=None),
+                max(log["epoch"], default=None),
+                log["loss"][0] if log["loss"] else None,
+                log["loss"][-1] if log["loss"] else None,
+                _mean(log["tokens_per_s"]),
+                found[place]["seconds"],
+            ]
+        )
+    table = Table(
+        "finetune",
+        "Training of the three adapters",
+        [
+            Column("Model"),
+            Column("Steps", numeric=True),
+            Column("Epochs", digits=2, numeric=True),
+            Column("First loss", digits=3, numeric=True),
+            Column("Last loss", digits=3, numeric=True),
+            Column("Tokens/s", digits=0, numeric=True),
+            Column("Seconds", digits=1, numeric=True),
+        ],
+        rows,
+        ["Losses are those logged first and last, per label token of the counselor's turns."],
+    )
+    tuning = config.finetune
+    facts = Facts(
+        [
+            ("Learning rate", f"{tuning.learning_rate:g}, {tuning.schedule}"),
+            ("Warm-up", f"{tuning.warmup_ratio:g} of the steps"),
+            ("Batch", f"{tuning.batch_size} × {tuning.gradient_accumulation} accumulated"),
+            ("Epochs", f"{tuning.epochs:g}"),
+            ("Precision", tuning.precision),
+            ("Cutoff", f"{tuning.cutoff:,} tokens"),
+            ("LoRA", f"rank {tuning.lora.rank}, alpha {tuning.lora.alpha}"),
+            ("DeepSpeed", f"ZeRO {tuning.zero_stage}"),
+        ]
+    )
+    curves = images(ws, "adapters", {})
+    if not curves:
+        for place in adapters:
+            title = f"Loss of {model_label(config, place.removeprefix('adapters/'))} by step"
+            curves += images(ws, place, {"loss": title})
+    return Section(
+        "finetune",
+        "Fine-tuning",
+        "Low-rank adapters on the three base models, trained at the same time on the same "
+        "dialogues, with loss on every counselor turn.",
+        [facts, table, *curves, *remarks("finetune")],
+        source_list(found, "adapters/"),
+    )
+
+
+def _training_log(ws: Workspace, place: str) -> dict[str, list[Any]]:
+    """The training log of one adapter, by step; empty columns where none was written."""
+    columns = ("step", "epoch", "loss", "tokens_per_s")
+    files = [path for path in ws.parquet_files(place) if "log" in path.rsplit("/", 1)[-1]]
+    if not files:
+        return {name: [] for name in columns}
+    table = pq.read_table(files, filesystem=ws.filesystem, columns=list(columns))
+    return table.sort_by("step").to_pydict()
+
+
+def model_label(config: Config, model: str) -> str:
+    """A model of the configuration with the paper's model that it stands for."""
+    known = config.models.get(model)
+    checkpoint = "" if known is None else (known.hub_id or known.path or "").rstrip("/")
+    name = checkpoint.rsplit("/", 1)[-1]
+    return f"{model} ({name})" if name and name != model else model
+
+
+def results(config: Config, ws: Workspace, found: Manifests) -> Section:
+    """Figure 3 and its table: base against MI-LLM with intervals, the paper's BLEU-4 beside."""
+    if "metrics" not in found:
+        return _absent("results", "Base against MI-LLM", "metrics/", "score")
+    summary = json.loads(ws.read_text("metrics", "summary.json"))
+    counts = found["metrics"]["counts"]
+    groups = {(g["model"], g["variant"], g["sampling"]): g for g in summary["groups"]}
+    gained = {(d["model"], d["sampling"]): d["scores"] for d in summary["differences"]}
+    rows = []
+    for model, sampling in sorted({(m, s) for m, _, s in groups}, key=_model_order(config)):
+        sides = [groups.get((model, side, sampling), {}).get("scores", {}) for side in _SIDES]
+        for metric in summary["metrics"]:
+            base, tuned = (side.get(metric, {}) for side in sides)
+            gain = gained.get((model, sampling), {}).get(metric, {})
+            rows.append(
+                [
+                    model_label(config, model),
+                    sampling,
+                    METRIC_NAMES.get(metric, metric),
+                    base.get("mean"),
+                    _interval(base),
+                    tuned.get("mean"),
+                    _interval(tuned),
+                    gain.get("difference"),
+                    _interval(gain),
+                    gain.get("p"),
+                    *_paper_bleu(config, model, metric),
+                ]
+            )
+    table = Table(
+        "figure3_scores",
+        "Figure 3 as a table. Mean scores in percent with 95 % intervals",
+        [
+            Column("Model"),
+            Column("Decoding"),
+            Column("Metric"),
+            Column("Base", digits=2, numeric=True),
+            Column("95 %", numeric=True),
+            Column("MI-LLM", digits=2, numeric=True),
+            Column("95 %", numeric=True),
+            Column("Gain", digits=2, numeric=True),
+            Column("95 %", numeric=True),
+            Column("p", digits=3, numeric=True),
+            Column("Paper, base", digits=2, numeric=True),
+            Column("Paper, MI-LLM", digits=2, numeric=True),
+        ],
+        rows,
+        [
+            f"{counts['rounds']:,} rounds of {counts['dialogues']:,} dialogues. Intervals are "
+            f"bootstrap percentiles over {summary['resamples']:,} resamples of whole dialogues, "
+            "because the rounds of a dialogue are not independent. The gain is paired by round; p "
+            "is two-sided, from flipping the sign of whole dialogues.",
+            "The paper's columns are Figure 3, BLEU-4 only: the models it reports are 7 to 9 "
+            "billion parameters, its test rounds other ones, its decoding unstated.",
+        ],
+    )
+    figure = images(ws, "metrics", {"figure3": "Figure 3. Base model against MI-LLM, per model"})
+    return Section(
+        "results",
+        "Base against MI-LLM",
+        "How like the reference reply is what each model writes, before and after fine-tuning.",
+        [*figure, table, *remarks("results")],
+        source_list(found, "metrics", "predictions", "test_rounds"),
+    )
+
+
+def gains(config: Config, ws: Workspace, found: Manifests) -> dict[str, float]:
+    """Each model's gain in BLEU-4 under greedy decoding, in points; {} when nothing is scored."""
+    if "metrics" not in found:
+        return {}
+    summary = json.loads(ws.read_text("metrics", "summary.json"))
+    rows = [d for d in summary["differences"] if d["sampling"] == "greedy"]
+    rows.sort(key=lambda row: _name_order(config)(row["model"]))
+    return {row["model"]: row["scores"]["bleu_4"]["difference"] for row in rows}
+
+
+def _model_order(config: Config) -> Any:
+    order = list(config.models)
+
+    def key(pair: tuple[str, str]) -> tuple[int, str, bool, str]:
+        model, sampling = pair
+        place = order.index(model) if model in order else len(order)
+        return place, model, sampling != "greedy", sampling
+
+    return key
+
+
+def _paper_bleu(config: Config, model: str, metric: str) -> tuple[float | None, float | None]:
+    known = config.models.get(model)
+    if metric != "bleu_4" or known is None:
+        return None, None
+    return paper.BLEU_4[known.chat_format]
+
+
+def _interval(row: Mapping[str, Any]) -> str | None:
+    if row.get("low") is None or row.get("high") is None:
+        return None
+    return f"{row['low']:.2f} – {row['high']:.2f}"
+
+
+def examples(config: Config, ws: Workspace, found: Manifests) -> Section:
+    """A few test rounds with the reference and every model's two greedy replies."""
+    if not {"predictions", "test_rounds"} <= found.keys():
+        return _absent("examples", "What they say", "predictions/", "generate")
+    predictions = ws.read_table(
+        "predictions", ["dialogue_id", "round_index", "model", "variant", "sampling", "text"]
+    )
+    samplings = predictions["sampling"].unique().to_pylist()
+    sampling = "greedy" if "greedy" in samplings else sorted(samplings)[0]
+    predictions = predictions.filter(pc.field("sampling") == sampling)
+    scores = _scores(ws, found, sampling)
+    said: dict[tuple[str, int], dict[tuple[str, str], str]] = defaultdict(dict)
+    for row in predictions.to_pylist():
+        said[row["dialogue_id"], row["round_index"]][row["model"], row["variant"]] = row["text"]
+
+    blocks = []
+    for row in _spread(ws, set(said)):
+        key = (row["dialogue_id"], row["round_index"])
+        replies = [
+            Reply(
+                model_label(config, model),
+                said[key].get((model, "base"), ""),
+                said[key].get((model, "adapter"), ""),
+                scores.get((*key, model, "base"), ""),
+                scores.get((*key, model, "adapter"), ""),
+            )
+            for model in sorted({model for model, _ in said[key]}, key=_name_order(config))
+        ]
+        topic = f" · {row['topic']}" if row["topic"] else ""
+        blocks.append(
+            Example(
+                f"Dialogue {row['dialogue_id'][:8]}, round {row['round_index']}{topic}",
+                row["history"][-1]["client"] if not row["input"] else _last_words(row["input"]),
+                row["output"],
+                replies,
+            )
+        )
+    return Section(
+        "examples",
+        "What they say",
+        "Rounds taken at even distances through the test set, not chosen for how they read.",
+        blocks,
+        source_list(found, "predictions", "test_rounds"),
+    )
+
+
+def _name_order(config: Config) -> Any:
+    order = list(config.models)
+    return lambda model: (order.index(model) if model in order else len(order), model)
+
+
+def _spread(ws: Workspace, keys: set[tuple[str, int]]) -> list[dict[str, Any]]:
+    """Up to three predicted rounds at even distances, in the order of dialogue and round."""
+    ids = ws.read_table("test_rounds", ["dialogue_id", "round_index"]).to_pylist()
+    order = sorted(
+        key for key in {(r["dialogue_id"], r["round_index"]) for r in ids} if key in keys
+    )
+    count = min(_EXAMPLES, len(order))
+    chosen = [order[(2 * i + 1) * len(order) // (2 * count)] for i in range(count)]
+    table = ws.read_table("test_rounds")
+    wanted = table.filter(pc.field("dialogue_id").isin([dialogue for dialogue, _ in chosen]))
+    rows = {(r["dialogue_id"], r["round_index"]): r for r in wanted.to_pylist()}
+    return [rows[key] for key in chosen]
+
+
+def _last_words(text: str) -> str:
+    return text.strip().splitlines()[-1] if text.strip() else ""
+
+
+def _scores(ws: Workspace, found: Manifests, sampling: str) -> dict[tuple[Any, ...], str]:
+    """A short line of scores per reply, where they have been scored."""
+    if "metrics" not in found:
+        return {}
+    table = ws.read_table("metrics").filter(pc.field("sampling") == sampling)
+    return {
+        (r["dialogue_id"], r["round_index"], r["model"], r["variant"]): (
+            f"BLEU-4 {r['bleu_4']:.1f} · ROUGE-L {r['rouge_l']:.1f}"
+        )
+        for r in table.to_pylist()
+    }
+
+
+def _mean(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _absent(id: str, title: str, artifact: str, job: str) -> Section:
+    return Section(
+        id, title, absent=f"{artifact} is not in this workspace. jobs/{job}.py makes it."
+    )
