@@ -1,0 +1,375 @@
+"""Raw corpora on disk or in a cloud store: what is there, and its bytes in chunks of work.
+
+A location is a directory, a file, or an archive (.tar, .tar.gz, .tar.xz, .tar.bz2, .zip), local or
+a URI that pyarrow knows (s3://, gs://, hdfs://). The driver lists names only. A chunk is what one
+task reads: some files, some members of a zip, or a *segment*, a run of whole members cut out of a
+tar stream. Chunks depend on the files alone, never on the number of workers.
+"""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import lzma
+import os
+import re
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatch
+from pathlib import PurePosixPath
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+
+from milm_ray.corpora.reading import Reader, Unusable
+
+FILES_PER_CHUNK = 1000
+BYTES_PER_CHUNK = 16 << 20  # of a tar stream or of listed files: about 1,700 SmileChat dialogues
+_BLOCK = 512  # a tar's unit
+_TARS = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.bz2")
+_BROKEN = (EOFError, OSError, lzma.LZMAError, zlib.error, tarfile.TarError, zipfile.BadZipFile)
+
+
+@dataclass(frozen=True)
+class Found:
+    """One file of a location: its path on the location's filesystem, bytes, modification time."""
+
+    path: str
+    size: int
+    modified: str
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The files of a location that a reader will read, in natural order, and how many it ignores.
+
+    files: plain files; archives: tars and zips, read after the plain files.
+    """
+
+    location: str
+    files: list[Found]
+    archives: list[Found]
+    ignored: int
+
+    @property
+    def size(self) -> int:
+        return sum(found.size for found in (*self.files, *self.archives))
+
+    def state(self) -> list[tuple[str, int, str]]:
+        """What changes when the raw files do: paths, sizes and modification times."""
+        return [(f.path, f.size, f.modified) for f in (*self.files, *self.archives)]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Work for one task. kind: files | tar | segment | zip; part: its name, in output order."""
+
+    corpus: str
+    part: str
+    kind: str
+    location: str
+    names: Sequence[str]
+    limit: int | None = None
+    data: bytes = b""
+
+    def row(self) -> dict[str, Any]:
+        return {
+            "corpus": self.corpus,
+            "part": self.part,
+            "kind": self.kind,
+            "location": self.location,
+            "names": list(self.names),
+            "limit": -1 if self.limit is None else self.limit,
+            "data": self.data,
+        }
+
+    @classmethod
+    def of(cls, row: dict[str, Any]) -> Chunk:
+        limit = int(row["limit"])
+        return cls(**{**row, "names": list(row["names"]), "limit": None if limit < 0 else limit})
+
+
+def open_location(location: str) -> tuple[pafs.FileSystem, str]:
+    """The filesystem and the path on it. A local path becomes absolute.
+
+    Raises OSError or pyarrow.ArrowInvalid for a store that is unknown or unreachable.
+    """
+    if "://" in location:
+        return pafs.FileSystem.from_uri(location)
+    return pafs.LocalFileSystem(), os.path.abspath(location)
+
+
+def list_location(location: str, reader: Reader, limit: int | None = None) -> Listing:
+    """What `reader` will read at a location. Names only; nothing is opened but zip directories.
+
+    Raises FileNotFoundError when nothing is there; other OSErrors when it cannot be reached.
+    """
+    filesystem, path = open_location(location)
+    info = filesystem.get_file_info(path)
+    if info.type == pafs.FileType.NotFound:
+        raise FileNotFoundError(f"no such file or directory: {location}")
+    if info.type == pafs.FileType.File:
+        found = [_found(info)]
+        archives = found if _is_archive(path) else []
+        return Listing(location, [] if archives else found, archives, 0)
+    infos = filesystem.get_file_info(pafs.FileSelector(path, recursive=True))
+    everything = [
+        _found(info) for info in infos if info.type == pafs.FileType.File and _visible(info.path)
+    ]
+    everything.sort(key=lambda found: natural_key(found.path))
+    archives = [found for found in everything if _is_archive(found.path)]
+    files: list[Found] = []
+    for pattern in reader.patterns:
+        files = [f for f in everything if fnmatch(_base(f.path), pattern) and f not in archives]
+        if files:
+            break
+    ignored = len(everything) - len(files) - len(archives)
+    if limit is not None and reader.one_per_file:
+        files = files[:limit]
+        if len(files) >= limit:
+            archives = []
+    return Listing(location, files, archives, ignored)
+
+
+def chunks(listing: Listing, reader: Reader, limit: int | None) -> list[Chunk]:
+    """The listing as chunks in output order; a tar is one chunk until `cut` has read it."""
+    made: list[Chunk] = []
+
+    def add(kind: str, source: int, number: int, names: Sequence[str]) -> None:
+        part = f"{reader.name}-{source:03d}-{number:05d}"
+        made.append(Chunk(reader.name, part, kind, listing.location, names, limit))
+
+    for number, names in enumerate(_batches(listing.files)):
+        add("files", 0, number, names)
+    for source, archive in enumerate(listing.archives, 1):
+        add("zip" if archive.path.endswith(".zip") else "tar", source, 0, [archive.path])
+    return made
+
+
+def cut(chunk: Chunk, reader: Reader) -> Iterator[Chunk]:
+    """A tar as segments, a zip as groups of members; any other chunk as it is.
+
+    A broken archive gives what comes before the break and then a chunk of kind "broken".
+    """
+    if chunk.kind == "zip":
+        yield from _cut_zip(chunk, reader)
+    elif chunk.kind == "tar":
+        yield from _cut_tar(chunk, reader)
+    else:
+        yield chunk
+
+
+def contents(chunk: Chunk, reader: Reader) -> Iterator[tuple[str, bytes | Unusable]]:
+    """(name, bytes) of each file in a chunk that `cut` has yielded, or why it cannot be read."""
+    if chunk.kind == "broken":
+        yield chunk.names[0], Unusable("broken_archive", chunk.data.decode())
+    elif chunk.kind == "segment":
+        with tarfile.open(fileobj=io.BytesIO(chunk.data), mode="r:") as archive:
+            for member in archive:
+                if member.isfile() and wanted(member.name, reader):
+                    stream = archive.extractfile(member)
+                    yield _unzipped(member.name, stream.read() if stream else b"")
+    elif chunk.kind == "zip":
+        yield from _zip_contents(chunk)
+    else:
+        filesystem, _ = open_location(chunk.location)
+        for path in chunk.names:
+            try:
+                with filesystem.open_input_stream(path, compression=None) as stream:
+                    data = stream.read()
+            except OSError as error:
+                yield path, Unusable("unreadable", str(error))
+            else:
+                yield _unzipped(path, data)
+
+
+def wanted(name: str, reader: Reader) -> bool:
+    """Whether a member of an archive is a file of the corpus."""
+    base = _base(name)
+    return _visible(name) and any(fnmatch(base, pattern) for pattern in reader.patterns)
+
+
+def natural_key(name: str) -> list[tuple[int, int | str]]:
+    """Sorts case_2 before case_10."""
+    return [(0, int(p)) if p.isdigit() else (1, p) for p in re.split(r"(\d+)", name) if p]
+
+
+def _unzipped(name: str, data: bytes) -> tuple[str, bytes | Unusable]:
+    if not name.endswith(".gz"):
+        return name, data
+    try:
+        return name, gzip.decompress(data)
+    except _BROKEN as error:
+        return name, Unusable("broken_archive", f"not a whole gzip file: {error}")
+
+
+def _cut_zip(chunk: Chunk, reader: Reader) -> Iterator[Chunk]:
+    filesystem, _ = open_location(chunk.location)
+    try:
+        with (
+            filesystem.open_input_file(chunk.names[0]) as file,
+            zipfile.ZipFile(file) as archive,
+        ):
+            found = [
+                Found(info.filename, info.file_size, "")
+                for info in archive.infolist()
+                if not info.is_dir() and wanted(info.filename, reader)
+            ]
+    except _BROKEN as error:
+        yield _broken(chunk, 0, error)
+        return
+    found.sort(key=lambda item: natural_key(item.path))
+    if chunk.limit is not None and reader.one_per_file:
+        found = found[: chunk.limit]
+    for number, names in enumerate(_batches(found)):
+        yield replace(chunk, part=_numbered(chunk, number), names=[chunk.names[0], *names])
+
+
+def _zip_contents(chunk: Chunk) -> Iterator[tuple[str, bytes | Unusable]]:
+    filesystem, _ = open_location(chunk.location)
+    path, *names = chunk.names
+    with filesystem.open_input_file(path) as file, zipfile.ZipFile(file) as archive:
+        for name in names:
+            try:
+                data = archive.read(name)
+            except (*_BROKEN, RuntimeError, NotImplementedError) as error:  # a password, a codec
+                yield name, Unusable("broken_archive", f"{_base(path)}: {error}")
+            else:
+                yield _unzipped(name, data)
+
+
+def _cut_tar(chunk: Chunk, reader: Reader) -> Iterator[Chunk]:
+    """Segments of about BYTES_PER_CHUNK: whole members, so that each is a tar of its own.
+
+    Only headers are looked at here; decompressing is the one part that cannot be shared out.
+    """
+    filesystem, _ = open_location(chunk.location)
+    path = chunk.names[0]
+    number, files = 0, 0
+    pending = bytearray()
+    limit = chunk.limit if reader.one_per_file else None
+    try:
+        with (
+            filesystem.open_input_stream(path, compression=None) as raw,
+            _inflated(raw, path) as tar,
+        ):
+            for member, is_file in _members(tar):
+                pending += member
+                if limit is not None and is_file:
+                    files += wanted(_member_name(member), reader)
+                done = limit is not None and files >= limit
+                if len(pending) >= BYTES_PER_CHUNK or done:
+                    yield replace(
+                        chunk, kind="segment", part=_numbered(chunk, number), data=bytes(pending)
+                    )
+                    number, pending = number + 1, bytearray()
+                if done:
+                    return
+    except _BROKEN as error:
+        failure: Exception | None = error
+    else:
+        failure = None
+    if pending:
+        yield replace(chunk, kind="segment", part=_numbered(chunk, number), data=bytes(pending))
+        number += 1
+    if failure:
+        yield _broken(chunk, number, failure)
+
+
+def _members(tar: BinaryIO) -> Iterator[tuple[bytes, bool]]:
+    """(header and padded data, whether it is a regular file) of each member of a tar stream.
+
+    A long name or PAX header is joined to the member that it describes.
+    """
+    before = b""
+    while True:
+        header = tar.read(_BLOCK)
+        if len(header) < _BLOCK or not header.strip(b"\0"):
+            if header and len(header) < _BLOCK:
+                raise EOFError("the archive ends inside a header")
+            return
+        info = tarfile.TarInfo.frombuf(header, tarfile.ENCODING, "surrogateescape")
+        padded = -(-info.size // _BLOCK) * _BLOCK if _has_data(info) else 0
+        data = tar.read(padded)
+        if len(data) < info.size and padded:
+            raise EOFError(f"the archive ends inside {info.name}")
+        member = before + header + data
+        if info.type in (tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK):
+            before = member
+            continue
+        before = b""
+        yield member, info.isfile()
+
+
+def _has_data(info: tarfile.TarInfo) -> bool:
+    return info.isreg() or info.type not in tarfile.SUPPORTED_TYPES or info.type in _EXTRA_HEADERS
+
+
+_EXTRA_HEADERS = (
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+)
+
+
+def _member_name(member: bytes) -> str:
+    with tarfile.open(fileobj=io.BytesIO(member), mode="r:") as archive:
+        info = archive.next()
+    return info.name if info else ""
+
+
+def _inflated(raw: Any, path: str) -> Any:
+    """A tar's byte stream, decompressed by its name's ending."""
+    if path.endswith(".xz"):
+        return lzma.LZMAFile(raw)
+    if path.endswith(("gz", ".tgz")):
+        return gzip.GzipFile(fileobj=raw)
+    if path.endswith(".bz2"):
+        return bz2.BZ2File(raw)
+    return io.BufferedReader(raw) if isinstance(raw, io.RawIOBase) else raw
+
+
+def _broken(chunk: Chunk, number: int, error: Exception) -> Chunk:
+    detail = f"{type(error).__name__}: {error}"
+    return replace(chunk, kind="broken", part=_numbered(chunk, number), data=detail.encode())
+
+
+def _numbered(chunk: Chunk, number: int) -> str:
+    return f"{chunk.part.rsplit('-', 1)[0]}-{number:05d}"
+
+
+def _batches(files: Sequence[Found]) -> Iterator[list[str]]:
+    """Paths in groups bounded by number and by bytes."""
+    names: list[str] = []
+    size = 0
+    for found in files:
+        if names and (len(names) >= FILES_PER_CHUNK or size + found.size > BYTES_PER_CHUNK):
+            yield names
+            names, size = [], 0
+        names.append(found.path)
+        size += found.size
+    if names:
+        yield names
+
+
+def _found(info: pa.fs.FileInfo) -> Found:
+    return Found(info.path, info.size or 0, str(info.mtime_ns or ""))
+
+
+def _is_archive(path: str) -> bool:
+    return path.endswith((*_TARS, ".zip"))
+
+
+def _base(path: str) -> str:
+    return PurePosixPath(path).name
+
+
+def _visible(path: str) -> bool:
+    """Not a hidden file and not the copy of one that macOS puts into archives."""
+    return not _base(path).startswith(".") and "__MACOSX" not in PurePosixPath(path).parts
