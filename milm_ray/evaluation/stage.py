@@ -39,32 +39,44 @@ def plan(config: Config, ws: Workspace) -> Plan:
 
 def run(config: Config, ws: Workspace) -> Mapping[str, Any]:
     """Score every prediction against its test round, and sum up. Returns the manifest."""
-    settings = _settings(config)
-    made_from = ws.fingerprint(settings, ws.input_digests(*INPUTS))
+    made_from = ws.fingerprint(_settings(config), ws.input_digests(*INPUTS))
     if finished(ws, ARTIFACT, made_from):
         return ws.manifest(ARTIFACT)
     started = time.time()
+    return record(config, ws, _score(ws), made_from, started)
+
+
+def record(
+    config: Config,
+    ws: Workspace,
+    scores: pa.Table,
+    made_from: Mapping[str, Any],
+    started: float,
+) -> Mapping[str, Any]:
+    """Write scores, summary and figure as the artifact `metrics/`. Returns the manifest."""
     from milm_ray.evaluation.figure3 import draw
     from milm_ray.evaluation.score import diversity, summarise
 
-    ws.clear(ARTIFACT)
-    scores = _score(ws)
     summary = summarise(scores, resamples=config.score.bootstrap, seed=config.seed)
     summary["resamples"] = config.score.bootstrap
     summary["diversity"] = diversity(ws.read_table("predictions"))
+    ws.clear(ARTIFACT)
     ws.write_table(scores, ARTIFACT, "scores.parquet")
     ws.write_text(json.dumps(summary, ensure_ascii=False, indent=1), ARTIFACT, "summary.json")
     ws.write_text(summary_csv(summary), ARTIFACT, "summary.csv")
     ws.write_bytes(draw(summary), ARTIFACT, "figure3.png")
+    rounds = set(
+        zip(scores["dialogue_id"].to_pylist(), scores["round_index"].to_pylist(), strict=True)
+    )
     return ws.commit(
         ARTIFACT,
         stage="score",
-        settings=settings,
+        settings=_settings(config),
         fingerprint=made_from,
         counts={
             "rows": scores.num_rows,
-            "rounds": len({(r["dialogue_id"], r["round_index"]) for r in _keys(scores)}),
-            "dialogues": len(scores["dialogue_id"].unique()),
+            "rounds": len(rounds),
+            "dialogues": len({dialogue for dialogue, _ in rounds}),
             "empty": sum(scores["empty"].to_pylist()),
             "truncated": scores["finish_reason"].to_pylist().count("length"),
         },
@@ -84,10 +96,6 @@ def _score(ws: Workspace) -> pa.Table:
     blocks = [block for block in ray.get(scored.to_arrow_refs()) if block.num_rows]
     table = pa.concat_tables([block.cast(SCORES) for block in blocks] or [SCORES.empty_table()])
     return table.sort_by([(name, "ascending") for name in KEY])
-
-
-def _keys(scores: pa.Table) -> list[dict[str, Any]]:
-    return scores.select(["dialogue_id", "round_index"]).to_pylist()
 
 
 def summary_csv(summary: Mapping[str, Any]) -> str:

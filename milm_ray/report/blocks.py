@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import csv
 import io
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -16,20 +17,34 @@ from milm_ray.workspace import MANIFEST, Workspace
 
 
 @dataclass(frozen=True)
+class Estimate:
+    """A number with its interval; a bound is None where there is none."""
+
+    mean: float | None
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True)
 class Column:
-    """A column: `digits` decimals for floats; numbers stand right-aligned in equal-width digits."""
+    """A column: `digits` decimals for floats; numbers stand right-aligned in equal-width digits.
+
+    interval: its cells are Estimates; wrap: its text may break over lines.
+    """
 
     label: str
     digits: int | None = None
     numeric: bool = False
-    chinese: bool = False
+    interval: bool = False
+    wrap: bool = False
 
 
 @dataclass(frozen=True)
 class Table:
     """A captioned table. A None cell is a value that does not exist; `foot` explains the rest.
 
-    name: the file name of its CSV copy under report/.
+    name: the file name of its CSV copy under report/; grouped: rows that follow each other with
+    the same first cell are drawn under one heading.
     """
 
     kind: ClassVar[str] = "table"
@@ -38,13 +53,33 @@ class Table:
     columns: Sequence[Column]
     rows: Sequence[Sequence[Any]]
     foot: Sequence[str] = ()
+    grouped: bool = False
+
+    @property
+    def groups(self) -> list[list[Sequence[Any]]]:
+        """The rows by their first cell when grouped, each on its own otherwise."""
+        if not self.grouped:
+            return [[row] for row in self.rows]
+        return [list(rows) for _, rows in itertools.groupby(self.rows, key=lambda row: row[0])]
 
     def csv(self) -> str:
-        """The table as CSV text, numbers in full precision, None as an empty cell."""
+        """The table as CSV text, numbers in full precision, None as an empty cell.
+
+        A column with intervals becomes three: the number, its low and its high bound.
+        """
+        head: list[str] = []
+        for column in self.columns:
+            head.append(column.label)
+            if column.interval:
+                head += [f"{column.label} low", f"{column.label} high"]
         sink = io.StringIO()
         writer = csv.writer(sink, lineterminator="\n")
-        writer.writerow([column.label for column in self.columns])
-        writer.writerows([["" if cell is None else cell for cell in row] for row in self.rows])
+        writer.writerow(head)
+        for row in self.rows:
+            cells: list[Any] = []
+            for cell in row:
+                cells += [cell.mean, cell.low, cell.high] if isinstance(cell, Estimate) else [cell]
+            writer.writerow(["" if cell is None else cell for cell in cells])
         return sink.getvalue()
 
     @property
@@ -71,10 +106,14 @@ class Image:
 
 @dataclass(frozen=True)
 class Facts:
-    """Labelled values, as a definition list. A value may be a string, a number or None."""
+    """Labelled values, as a definition list. A value may be a string, a number or None.
+
+    wide: one below the other, for values that are long.
+    """
 
     kind: ClassVar[str] = "facts"
     items: Sequence[tuple[str, Any]]
+    wide: bool = False
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+import json
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,13 +11,22 @@ import pyarrow.compute as pc
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from milm_ray.report.blocks import Column, Facts, Pair, Remark, Section, Speech, Table, images
+from milm_ray.report.blocks import (
+    Column,
+    Estimate,
+    Facts,
+    Pair,
+    Remark,
+    Section,
+    Speech,
+    Table,
+    images,
+)
 from milm_ray.report.models import remarks
 from milm_ray.report.run import source_list, usage
 from milm_ray.workspace import Workspace
 
 _SHOWN_TURNS = 8
-_DIMENSIONS = ("comprehensiveness", "professionalism", "authenticity", "safety")
 
 Manifests = Mapping[str, Mapping[str, Any]]
 
@@ -87,48 +97,75 @@ def _reject_table(stage: str, rejects: Mapping[tuple[str, str], int]) -> list[An
 
 
 def curation(ws: Workspace, found: Manifests) -> Section:
-    """Figure 2: the judge's verdicts per corpus, and which corpora were kept."""
-    if "verdicts" not in found:
-        return _absent("curation", "Curation", "verdicts/", "curate")
-    verdicts = ws.read_table("verdicts").to_pylist()
-    by_corpus: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for verdict in verdicts:
-        by_corpus[verdict["corpus"]].append(verdict)
+    """Figure 2: the judge's verdicts per corpus, and which corpora were kept on which scale."""
+    if "selection" not in found:
+        return _absent("curation", "Curation", "selection/", "curate")
+    selection = json.loads(ws.read_text("selection", "selection.json"))
+    selected, corpora_ = selection["selected"], selection["corpora"]
+    maxima = selection["maxima"]
+    order = selection["rankings"][selection["scale"]]
+    order += [corpus for corpus in corpora_ if corpus not in order]
     rows = []
-    for corpus, group in sorted(by_corpus.items()):
-        scored = [verdict for verdict in group if verdict["status"] == "scored"]
-        means = [_mean([verdict[name] for verdict in scored]) for name in _DIMENSIONS]
-        total = None if None in means else sum(mean for mean in means if mean is not None)
-        rows.append([corpus, len(scored), len(group) - len(scored), *means, total])
-    rows.sort(key=lambda row: -(row[-1] or 0))
-    table = Table(
+    for corpus in order:
+        summary = corpora_[corpus]
+        dimensions, totals = summary["dimensions"] or {}, summary["totals"] or {}
+        rows.append(
+            [
+                corpus,
+                summary["n"],
+                summary["unscored"],
+                *(dimensions.get(name, {}).get("mean") for name in maxima["turn"]),
+                _estimate(totals.get("fraction", {})),
+                totals.get("turn", {}).get("mean"),
+                totals.get("dialogue", {}).get("mean"),
+                "selected" if corpus in selected else "",
+            ]
+        )
+    verdicts = Table(
         "figure2_verdicts",
-        "Figure 2 as a table. Mean verdicts per corpus, raw scores",
+        "Figure 2 as a table. Mean verdicts per corpus, best first",
         [
             Column("Corpus"),
             Column("Scored", numeric=True),
             Column("Unscored", numeric=True),
-            *(Column(name.capitalize(), digits=2, numeric=True) for name in _DIMENSIONS),
-            Column("Total", digits=2, numeric=True),
+            *(
+                Column(f"{name.capitalize()} / {maximum}", digits=2, numeric=True)
+                for name, maximum in maxima["turn"].items()
+            ),
+            Column("Fraction, 95 %", digits=2, numeric=True, interval=True),
+            Column(f"Total / {sum(maxima['turn'].values())}", digits=2, numeric=True),
+            Column(f"Total / {sum(maxima['dialogue'].values())}", digits=2, numeric=True),
+            Column(""),
         ],
         rows,
         [
-            "Maxima: comprehensiveness 2, professionalism 3, authenticity 3, safety 1; 9 together.",
-            "A reply that could not be read as a verdict is unscored: it is in no mean.",
+            selection["note"],
+            "A reply of the judge that could not be read is unscored: it counts in no mean.",
         ],
     )
-    figure = images(ws, "verdicts", {"figure2": "Figure 2. Quality of the corpora"})
+    rankings = Table(
+        "curation_rankings",
+        "The order of the corpora on each scale",
+        [Column("Place", numeric=True), *(Column(scale) for scale in selection["rankings"])],
+        [
+            [place, *names]
+            for place, names in enumerate(zip(*selection["rankings"].values(), strict=True), 1)
+        ],
+        [f"Used here: {selection['scale']}."],
+    )
+    figure = images(ws, "selection", {"figure2": "Figure 2. Quality of the corpora"})
     return Section(
         "curation",
         "Curation",
-        "A seeded sample of each corpus, judged on four dimensions; the best corpora go on.",
-        [*figure, table, *remarks("curation")],
+        "A seeded sample of each corpus, judged on four dimensions. The best corpora go on.",
+        [*figure, verdicts, rankings],
         source_list(found, "verdicts", "selection"),
     )
 
 
-def _mean(values: list[int]) -> float | None:
-    return sum(values) / len(values) if values else None
+def _estimate(cell: Mapping[str, Any]) -> Estimate:
+    low, high = cell.get("interval", (None, None))
+    return Estimate(cell.get("mean"), low, high)
 
 
 def transcription(ws: Workspace, found: Manifests) -> Section:
@@ -144,7 +181,9 @@ def transcription(ws: Workspace, found: Manifests) -> Section:
             ("With a target behaviour", _filled(table, "target_behavior")),
             ("Prompt tokens", spent.get("prompt_tokens")),
             ("Completion tokens", spent.get("completion_tokens")),
-            ("Cost, USD", spent.get("cost")),
+            ("Replies of the teacher", spent.get("replies")),
+            ("Cost, USD", spent.get("cost_usd")),
+            ("Replies of unknown cost", spent.get("replies_with_unknown_cost")),
         ]
     )
     blocks: list[Any] = [facts, *_reject_table("transcribe", reject_counts(ws, "transcribe"))]

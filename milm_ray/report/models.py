@@ -12,7 +12,17 @@ import pyarrow.parquet as pq
 
 from milm_ray.config import Config
 from milm_ray.report import paper
-from milm_ray.report.blocks import Column, Example, Facts, Remark, Reply, Section, Table, images
+from milm_ray.report.blocks import (
+    Column,
+    Estimate,
+    Example,
+    Facts,
+    Remark,
+    Reply,
+    Section,
+    Table,
+    images,
+)
 from milm_ray.report.run import source_list
 from milm_ray.workspace import Workspace
 
@@ -32,7 +42,7 @@ Manifests = Mapping[str, Mapping[str, Any]]
 def benchmarks() -> Section:
     """Table 1: the published scores of the paper's base models, each with its source."""
     rows = [
-        [row.scored_model, *(row.scores[name] for name in paper.BENCHMARKS), row.shots]
+        [row.scored_model, *(_published(row.scores[name]) for name in paper.BENCHMARKS), row.shots]
         for row in paper.TABLE_1
     ]
     feet = [f"{row.scored_model}: {row.source}. {row.note}" for row in paper.TABLE_1]
@@ -41,14 +51,19 @@ def benchmarks() -> Section:
         "Table 1. Published benchmark scores of the three base models, percent",
         [
             Column("Model"),
-            *(Column(name, digits=2, numeric=True) for name in paper.BENCHMARKS),
-            Column("How measured"),
+            *(Column(name, numeric=True) for name in paper.BENCHMARKS),
+            Column("How measured", wrap=True),
         ],
         rows,
         feet,
     )
     blocks = [Remark(paper.TABLE_1_NOTE), table, *remarks("benchmarks")]
     return Section("benchmarks", "The base models", "", blocks)
+
+
+def _published(score: float | None) -> str | None:
+    """A score with the decimals that its source gives."""
+    return None if score is None else f"{score:g}"
 
 
 def remarks(section: str) -> list[Remark]:
@@ -144,60 +159,32 @@ def results(config: Config, ws: Workspace, found: Manifests) -> Section:
     counts = found["metrics"]["counts"]
     groups = {(g["model"], g["variant"], g["sampling"]): g for g in summary["groups"]}
     gained = {(d["model"], d["sampling"]): d["scores"] for d in summary["differences"]}
-    rows = []
-    for model, sampling in sorted({(m, s) for m, _, s in groups}, key=_model_order(config)):
-        sides = [groups.get((model, side, sampling), {}).get("scores", {}) for side in _SIDES]
-        for metric in summary["metrics"]:
-            base, tuned = (side.get(metric, {}) for side in sides)
-            gain = gained.get((model, sampling), {}).get(metric, {})
-            rows.append(
-                [
-                    model_label(config, model),
-                    sampling,
-                    METRIC_NAMES.get(metric, metric),
-                    base.get("mean"),
-                    _interval(base),
-                    tuned.get("mean"),
-                    _interval(tuned),
-                    gain.get("difference"),
-                    _interval(gain),
-                    gain.get("p"),
-                    *_paper_bleu(config, model, metric),
-                ]
-            )
-    table = Table(
-        "figure3_scores",
-        "Figure 3 as a table. Mean scores in percent with 95 % intervals",
-        [
-            Column("Model"),
-            Column("Decoding"),
-            Column("Metric"),
-            Column("Base", digits=2, numeric=True),
-            Column("95 %", numeric=True),
-            Column("MI-LLM", digits=2, numeric=True),
-            Column("95 %", numeric=True),
-            Column("Gain", digits=2, numeric=True),
-            Column("95 %", numeric=True),
-            Column("p", digits=3, numeric=True),
-            Column("Paper, base", digits=2, numeric=True),
-            Column("Paper, MI-LLM", digits=2, numeric=True),
-        ],
-        rows,
-        [
-            f"{counts['rounds']:,} rounds of {counts['dialogues']:,} dialogues. Intervals are "
-            f"bootstrap percentiles over {summary['resamples']:,} resamples of whole dialogues, "
-            "because the rounds of a dialogue are not independent. The gain is paired by round; p "
-            "is two-sided, from flipping the sign of whole dialogues.",
-            "The paper's columns are Figure 3, BLEU-4 only: the models it reports are 7 to 9 "
-            "billion parameters, its test rounds other ones, its decoding unstated.",
-        ],
-    )
+    tables = []
+    samplings = sorted({s for _, _, s in groups}, key=lambda name: (name != "greedy", name))
+    for sampling in samplings:
+        rows = []
+        models = {model for model, _, s in groups if s == sampling}
+        for model in sorted(models, key=_name_order(config)):
+            sides = [groups.get((model, side, sampling), {}).get("scores", {}) for side in _SIDES]
+            for metric in summary["metrics"]:
+                gain = gained.get((model, sampling), {}).get(metric, {})
+                rows.append(
+                    [
+                        model_label(config, model),
+                        METRIC_NAMES.get(metric, metric),
+                        *(_estimate(side.get(metric, {}), "mean") for side in sides),
+                        _estimate(gain, "difference"),
+                        gain.get("p"),
+                        _paper_bleu(config, model, metric),
+                    ]
+                )
+        tables.append(_score_table(sampling, rows, counts, summary["resamples"]))
     figure = images(ws, "metrics", {"figure3": "Figure 3. Base model against MI-LLM, per model"})
     return Section(
         "results",
         "Base against MI-LLM",
         "How like the reference reply is what each model writes, before and after fine-tuning.",
-        [*figure, table, *remarks("results")],
+        [*figure, *tables, *remarks("results")],
         source_list(found, "metrics", "predictions", "test_rounds"),
     )
 
@@ -212,28 +199,44 @@ def gains(config: Config, ws: Workspace, found: Manifests) -> dict[str, float]:
     return {row["model"]: row["scores"]["bleu_4"]["difference"] for row in rows}
 
 
-def _model_order(config: Config) -> Any:
-    order = list(config.models)
+def _score_table(
+    sampling: str, rows: list[list[Any]], counts: Mapping[str, int], resamples: int
+) -> Table:
+    return Table(
+        f"figure3_scores_{sampling}",
+        f"Figure 3 as a table. Mean scores in percent with 95 % intervals, decoding: {sampling}",
+        [
+            Column("Model"),
+            Column("Metric"),
+            Column("Base", digits=2, numeric=True, interval=True),
+            Column("MI-LLM", digits=2, numeric=True, interval=True),
+            Column("Gain", digits=2, numeric=True, interval=True),
+            Column("p", digits=3, numeric=True),
+            Column("Paper, base → MI-LLM", numeric=True),
+        ],
+        rows,
+        [
+            f"{counts['rounds']:,} rounds of {counts['dialogues']:,} dialogues. Intervals are "
+            f"bootstrap percentiles over {resamples:,} resamples of whole dialogues, because the "
+            "rounds of a dialogue are not independent. The gain is paired by round; p is "
+            "two-sided, from flipping the sign of whole dialogues.",
+            "The paper's column is its Figure 3, of which only BLEU-4 was available to us. Its "
+            "models have 7 to 9 billion parameters; its test rounds are other ones.",
+        ],
+        grouped=True,
+    )
 
-    def key(pair: tuple[str, str]) -> tuple[int, str, bool, str]:
-        model, sampling = pair
-        place = order.index(model) if model in order else len(order)
-        return place, model, sampling != "greedy", sampling
 
-    return key
-
-
-def _paper_bleu(config: Config, model: str, metric: str) -> tuple[float | None, float | None]:
+def _paper_bleu(config: Config, model: str, metric: str) -> str | None:
     known = config.models.get(model)
     if metric != "bleu_4" or known is None:
-        return None, None
-    return paper.BLEU_4[known.chat_format]
-
-
-def _interval(row: Mapping[str, Any]) -> str | None:
-    if row.get("low") is None or row.get("high") is None:
         return None
-    return f"{row['low']:.2f} – {row['high']:.2f}"
+    base, tuned = paper.BLEU_4[known.chat_format]
+    return f"{base:.2f} → {tuned:.2f}"
+
+
+def _estimate(row: Mapping[str, Any], name: str) -> Estimate:
+    return Estimate(row.get(name), row.get("low"), row.get("high"))
 
 
 def examples(config: Config, ws: Workspace, found: Manifests) -> Section:

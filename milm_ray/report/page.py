@@ -25,8 +25,8 @@ _HOW_TO_READ = (
     "explain. Whether it matters in practice is another question.",
     "A round is one client turn with the counselor's answer. Lengths are Chinese characters. A "
     "dash marks a value that does not exist; it is never a zero.",
-    "The paper's figures stand beside ours for orientation. Unless this page's models line says "
-    "otherwise, ours come from other data, other test rounds and often smaller models.",
+    "The paper's figures stand beside ours for orientation, not for a race: data, test rounds and "
+    "models differ unless the run used the paper's configuration on the paper's corpora.",
 )
 
 
@@ -67,7 +67,7 @@ def glance(
             number = run.headline(artifact, found[artifact]["counts"])
             if number is not None:
                 items.append((label, f"{number:,}"))
-    items += [(f"BLEU-4, {model}", f"{gain:+.2f}") for model, gain in gains.items()]
+    items += [(f"BLEU-4 gain, {model}", f"{gain:+.2f}") for model, gain in gains.items()]
     return items
 
 

@@ -26,8 +26,6 @@ ARTIFACTS = (
     ("metrics", "Metrics", "score"),
 )
 
-_USAGE = ("calls", "prompt_tokens", "completion_tokens", "tokens", "cost")
-
 
 @dataclass(frozen=True)
 class Step:
@@ -79,14 +77,9 @@ def rejected(counts: Mapping[str, Any]) -> dict[str, int]:
     return {"rejected": found} if isinstance(found, int) and found else {}
 
 
-def usage(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """Tokens and cost of the language-model calls behind an artifact, where it made any."""
-    for holder in (manifest, manifest.get("usage"), manifest.get("llm"), manifest["counts"]):
-        if isinstance(holder, Mapping):
-            found = {key: holder[key] for key in _USAGE if key in holder}
-            if found:
-                return found
-    return {}
+def usage(manifest: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Replies, tokens and cost of the language-model calls behind an artifact; {} without any."""
+    return manifest.get("usage", {})
 
 
 def flow(found: Mapping[str, Mapping[str, Any]]) -> Flow:
@@ -117,8 +110,8 @@ def section(config: Config, ws: Workspace, found: Mapping[str, Mapping[str, Any]
                 artifact,
                 headline(artifact, manifest["counts"]),
                 rejects,
-                spent.get("calls"),
-                spent.get("cost"),
+                spent.get("replies"),
+                spent.get("cost_usd"),
                 manifest["seconds"],
                 _minute(manifest["finished_at"]),
                 manifest["digest"][:12],
@@ -132,7 +125,7 @@ def section(config: Config, ws: Workspace, found: Mapping[str, Mapping[str, Any]
             Column("Artifact"),
             Column("Rows", numeric=True),
             Column("Rejected", numeric=True),
-            Column("LLM calls", numeric=True),
+            Column("LLM replies", numeric=True),
             Column("Cost, USD", digits=2, numeric=True),
             Column("Seconds", digits=1, numeric=True),
             Column("Finished, UTC"),
@@ -151,7 +144,8 @@ def section(config: Config, ws: Workspace, found: Mapping[str, Mapping[str, Any]
             ("Configuration, sha256", digest(config)),
             ("Seed", config.seed),
             ("Versions", ", ".join(f"{k} {' / '.join(sorted(v))}" for k, v in versions.items())),
-        ]
+        ],
+        wide=True,
     )
     return Section(
         "run",

@@ -1,0 +1,161 @@
+"""A small workspace with every artifact that a report reads, made from tables written here."""
+
+from __future__ import annotations
+
+import struct
+import time
+import zlib
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import yaml
+
+from milm_ray import schema
+from milm_ray.config import Config, load_config
+from milm_ray.evaluation import stage as score
+from milm_ray.workspace import Workspace
+
+MODELS = ("baichuan2", "glm4", "llama3")
+CORPORA = ("cpsycound", "psydtcorpus", "smilechat")
+CLIENT = "我想少喝一点酒，可是每次聚会都停不下来<b>。"
+REFERENCE = "您想少喝一点，又不想扫朋友的兴。"
+SOURCE_REPLY = "你应该马上戒酒，喝酒对身体不好。"
+
+
+def config_file(folder: Path) -> Path:
+    """A configuration of three models whose workspace lies in `folder`."""
+    settings = {
+        "workspace": str(folder / "workspace"),
+        "models": {name: {"hub_id": f"tiny/{name}", "chat_format": name} for name in MODELS},
+        "score": {"bootstrap": 100},
+    }
+    path = folder / "sample.yaml"
+    path.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    return path
+
+
+def build(folder: Path) -> tuple[Config, Workspace]:
+    """Write the configuration and every artifact but the report."""
+    config = load_config(config_file(folder))
+    ws = Workspace.open(config.workspace)
+    sources = [_dialogue(corpus, number) for corpus in CORPORA for number in range(4)]
+    rewritten = [_rewritten(source) for source in sources if source.corpus != "smilechat"]
+    _commit(
+        ws,
+        "dialogues",
+        "ingest",
+        pa.Table.from_pylist([d.row() for d in sources], schema.DIALOGUES),
+    )
+    ws.write_table(
+        pa.Table.from_pylist(
+            [schema.Reject("ingest", "one_sided", "smilechat", "9.json").row()], schema.REJECTS
+        ),
+        "rejects/ingest",
+    )
+    _commit(ws, "mi_dialogues", "transcribe", pa.Table.from_pylist(rewritten, schema.MI_DIALOGUES))
+    rounds = [row for dialogue in rewritten[:4] for row in _rounds(dialogue)]
+    _commit(ws, "test_rounds", "split", pa.Table.from_pylist(rounds, schema.ROUNDS))
+    for model in MODELS:
+        log = [
+            {"model": model, "step": step, "epoch": step / 8, "loss": 3.0 - step / 10}
+            for step in (2, 4, 6, 8)
+        ]
+        ws.write_bytes(png(), f"adapters/{model}", "loss.png")
+        _commit(
+            ws,
+            f"adapters/{model}",
+            "finetune",
+            pa.Table.from_pylist(log, schema.TRAINING_LOG),
+            "training_log.parquet",
+        )
+    predictions = [_prediction(row, m, v) for row in rounds for m in MODELS for v in _REPLIES]
+    table = pa.Table.from_pylist(predictions, schema.PREDICTIONS)
+    _commit(ws, "predictions", "generate", table)
+    _score(config, ws, table)
+    return config, ws
+
+
+_REPLIES = {"base": "多喝水。", "adapter": "您想少喝一点，朋友在场时最难。"}
+
+
+def _score(config: Config, ws: Workspace, predictions: pa.Table) -> None:
+    from milm_ray.evaluation.score import score_predictions
+
+    scores = score_predictions(predictions, ws.read_table("test_rounds"))
+    made_from = ws.fingerprint({}, ws.input_digests(*score.INPUTS))
+    score.record(config, ws, scores, made_from, time.time())
+
+
+def _dialogue(corpus: str, number: int) -> schema.Dialogue:
+    turns = []
+    for k in range(3):
+        turns.append(schema.Turn("client", f"{CLIENT}（{number}之{k}）"))
+        turns.append(schema.Turn("counselor", SOURCE_REPLY))
+    return schema.Dialogue(corpus, f"case_{number}", turns, "饮酒")
+
+
+def _rewritten(source: schema.Dialogue) -> dict[str, Any]:
+    asked = f"{CLIENT}（{source.source_id}）"
+    turns = [schema.Turn("client", asked), schema.Turn("counselor", REFERENCE)] * 2
+    made = schema.Dialogue(source.corpus, f"{source.source_id}-mi", turns, source.topic)
+    return {
+        **made.row(),
+        "source_dialogue_id": source.dialogue_id,
+        "target_behavior": "少喝酒",
+        "reply_key": "",
+    }
+
+
+def _rounds(dialogue: dict[str, Any]) -> list[dict[str, Any]]:
+    return [
+        {
+            "dialogue_id": dialogue["dialogue_id"],
+            "round_index": k,
+            "topic": dialogue["topic"],
+            "instruction": "你是一位心理咨询师。",
+            "input": CLIENT,
+            "output": REFERENCE,
+            "history": [{"client": CLIENT, "counselor": REFERENCE}] * (k - 1),
+        }
+        for k in (1, 2)
+    ]
+
+
+def _prediction(row: dict[str, Any], model: str, variant: str) -> dict[str, Any]:
+    return {
+        "dialogue_id": row["dialogue_id"],
+        "round_index": row["round_index"],
+        "model": model,
+        "variant": variant,
+        "sampling": "greedy",
+        "text": _REPLIES[variant],
+        "finish_reason": "stop",
+    }
+
+
+def _commit(
+    ws: Workspace, artifact: str, stage: str, table: pa.Table, name: str = "part-0.parquet"
+) -> None:
+    ws.write_table(table, artifact, name)
+    ws.commit(
+        artifact,
+        stage=stage,
+        settings={},
+        fingerprint={},
+        counts={"rows": table.num_rows},
+        started=time.time(),
+    )
+
+
+def png() -> bytes:
+    """A white picture of two by two pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        checked = kind + data
+        return struct.pack(">I", len(data)) + checked + struct.pack(">I", zlib.crc32(checked))
+
+    header = struct.pack(">IIBBBBB", 2, 2, 8, 0, 0, 0, 0)
+    rows = zlib.compress(b"\x00\xff\xff" * 2)
+    chunks = chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunks
