@@ -54,7 +54,7 @@ class Phase:
     adam_lr: float = 0.004
 
 
-TRUNK = Phase(steps=2000, batch=8, length=512, start=0, decay=False)
+TRUNK = Phase(steps=4000, batch=16, length=256, start=0, decay=False)
 BRANCHES = {
     "tiny-llama3": Phase(steps=200, batch=4, length=1024, start=9000, decay=True),
     "tiny-glm4": Phase(steps=300, batch=4, length=1024, start=9000, decay=True),
@@ -237,3 +237,47 @@ def held_out_perplexity(
             tokens += len(ids) - 1
             characters += sum(len(turn["content"]) for turn in dialogue)
     return math.exp(nll / tokens), math.exp(nll / characters)
+
+
+def tokenizers(work: Path, dialogues: list[Dialogue]) -> tuple[dict[str, Any], bytes]:
+    """(byte-level BPE section, SentencePiece model), trained once and kept under work."""
+    byte_level, sentencepiece = work / "byte_level.json", work / "tokenizer.model"
+    if not sentencepiece.exists():
+        texts = [turn["content"] for d in dialogues[:TOKENIZER_DIALOGUES] for turn in d]
+        # Llama-3 spells its roles in plain text: without these they would cost a token a letter.
+        texts += ["system", "user", "assistant", "\n\n"] * TOKENIZER_DIALOGUES
+        trained = tiny_tokenizers.train_byte_level(texts)
+        byte_level.write_text(json.dumps(trained, ensure_ascii=False), encoding="utf-8")
+        sentencepiece.write_bytes(tiny_tokenizers.train_sentencepiece(texts))
+    return json.loads(byte_level.read_text(encoding="utf-8")), sentencepiece.read_bytes()
+
+
+def start_branch(name: str, trunk: Any, trained: dict[str, Any], pieces: bytes) -> Any:
+    """A model in the layout of `name` that starts from the trunk's weights."""
+    import sentencepiece
+
+    llama = tiny_tokenizers.with_specials(trained, tiny_tokenizers.LLAMA3_SPECIALS)
+    if name == "tiny-llama3":
+        model = tiny_layouts.llama_model()
+        model.load_state_dict(trunk)
+        return model
+    if name == "tiny-glm4":
+        glm = tiny_tokenizers.with_specials(trained, tiny_tokenizers.GLM4_SPECIALS)
+        return tiny_layouts.glm_from_llama(trunk, tiny_layouts.glm_rows(llama, glm))
+    processor = sentencepiece.SentencePieceProcessor(model_proto=pieces)
+    rows = tiny_layouts.sentencepiece_rows(llama, processor)
+    return tiny_layouts.norm_head_llama_from_llama(trunk, rows)
+
+
+def save(name: str, model: Any, trained: dict[str, Any], pieces: bytes, directory: Path) -> None:
+    """Write a finished model in its original's layout, with its chat template."""
+    bos = "<|begin_of_text|>"
+    if name == "tiny-llama3":
+        llama = tiny_tokenizers.with_specials(trained, tiny_tokenizers.LLAMA3_SPECIALS, bos)
+        tiny_layouts.save_llama(model, llama, directory)
+    elif name == "tiny-glm4":
+        glm = tiny_tokenizers.with_specials(trained, tiny_tokenizers.GLM4_SPECIALS)
+        tiny_layouts.save_glm(model, glm, directory)
+    else:
+        tiny_layouts.save_baichuan(model, pieces, directory)
+    chat_format.save_chat_format(directory, FORMAT[name])

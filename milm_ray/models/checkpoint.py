@@ -1,0 +1,262 @@
+"""A base model's checkpoint as a directory that plain transformers and vLLM load.
+
+Weights come from the hub, a local path or cloud storage. Llama and Glm checkpoints keep their
+files; a Baichuan2-7B checkpoint, whose own layout needs remote code, is brought into the Llama
+layout shard by shard. Either way the directory holds the chat template and the stop tokens of the
+base's chat format, so that every engine that loads it speaks the format it was trained in.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from milm_ray.errors import UserError
+from milm_ray.models import chat_format as formats
+from milm_ray.models import registry
+
+if TYPE_CHECKING:
+    import torch
+
+MARKER = "milm_base.json"
+_LAYOUT_VERSION = 1
+_WEIGHTS = ("*.safetensors", "*.bin")
+_FILES = ("*.json", "*.model", "*.jinja", "LICENSE*", "*.txt", *_WEIGHTS)
+_FORMAT_OF_TYPE = {"baichuan": "baichuan2", "glm": "glm4", "llama": "llama3"}
+_HASHED_WHOLE = 64 * 2**20
+
+
+def prepare_base(
+    name_or_path: str | Path,
+    revision: str | None = None,
+    out_dir: str | Path = "bases",
+    chat_format: str | None = None,
+) -> Path:
+    """Prepare a base model and return its directory, `out_dir/<name>`.
+
+    name_or_path: a registry name (its hub id and pin), a hub id, a local directory or a cloud URI.
+    revision: a hub branch, tag or commit; overrides the registry's pin. chat_format: its name,
+    for a base that the registry does not know; otherwise the registry's, or by the model's type.
+
+    The directory appears in one step and is kept while the source and the format are the same.
+    UserError: the source cannot be found or read, or has a layout that is not supported.
+    """
+    entry = _registered(str(name_or_path))
+    source = _fetch(entry, str(name_or_path), revision, Path(out_dir))
+    config = _read_json(source / "config.json")
+    format_name = chat_format or (entry.chat_format if entry else _format_of(config, source))
+    formats.get(format_name)
+    marker = {
+        "layout": _LAYOUT_VERSION,
+        "source": entry.hub_id if entry else str(name_or_path),
+        "revision": revision or (entry.revision if entry else None),
+        "chat_format": format_name,
+        "fingerprint": _fingerprint(source, formats.template(format_name)),
+    }
+    target = Path(out_dir) / (entry.name if entry else Path(str(name_or_path)).name)
+    if _is_prepared(target, marker):
+        return target
+    partial = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.partial")
+    partial.mkdir(parents=True)
+    try:
+        if config.get("model_type") == "baichuan":
+            from milm_ray.models.baichuan import convert
+
+            convert(source, partial, config)
+        else:
+            _take_over(source, partial)
+        _write_format(partial, format_name)
+        _write_json(partial / MARKER, marker)
+        _publish(partial, target, marker)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return target
+
+
+def _registered(name: str) -> registry.BaseModel | None:
+    if name in registry.BASE_MODELS and not Path(name).is_dir():
+        return registry.BASE_MODELS[name]
+    return next((e for e in registry.BASE_MODELS.values() if e.hub_id == name), None)
+
+
+def _format_of(config: dict[str, Any], source: Path) -> str:
+    kind = config.get("model_type", "")
+    if kind not in _FORMAT_OF_TYPE:
+        raise UserError(
+            f"{source} is a {kind or 'nameless'} model, whose chat format is not known",
+            "name its chat_format, or add the model to milm_ray/models/registry.py",
+        )
+    return _FORMAT_OF_TYPE[kind]
+
+
+def _fetch(
+    entry: registry.BaseModel | None, name: str, revision: str | None, out_dir: Path
+) -> Path:
+    """The source as a local directory: given, downloaded from the hub, or copied from a cloud."""
+    if "://" in name:
+        return _copy_from_cloud(name, out_dir)
+    if entry is None and (Path(name).is_dir() or name.startswith((".", "/"))):
+        if not (Path(name) / "config.json").is_file():
+            raise UserError(f"{name} holds no config.json", "give the directory of a checkpoint")
+        return Path(name)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    repository = entry.hub_id if entry else name
+    pin = revision or (entry.revision if entry else None)
+    try:
+        found = snapshot_download(repository, revision=pin, allow_patterns=list(_FILES))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise UserError(
+            f"cannot get {repository} (revision {pin or 'main'}) from the hub: {error}",
+            "check the name, the network and HF_TOKEN, or give a local directory",
+        ) from error
+    return Path(found)
+
+
+def _copy_from_cloud(uri: str, out_dir: Path) -> Path:
+    """Copy a checkpoint from s3://, gs:// and the like beside the prepared ones."""
+    from pyarrow import fs
+
+    local = out_dir / ".sources" / hashlib.sha256(uri.encode()).hexdigest()[:16]
+    if not (local / "config.json").is_file():
+        partial = local.with_name(f"{local.name}.{uuid.uuid4().hex[:8]}.partial")
+        partial.mkdir(parents=True)
+        try:
+            fs.copy_files(uri, str(partial.resolve()))
+            partial.rename(local)
+        except (OSError, ValueError) as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise UserError(
+                f"cannot copy {uri}: {error}", "check the address and the storage credentials"
+            ) from error
+    return local
+
+
+def _fingerprint(source: Path, template: str) -> str:
+    """A digest of a checkpoint's files; of large ones the size, the beginning and the end."""
+    digest = hashlib.sha256(template.encode())
+    for path in sorted(source.iterdir()):
+        if not path.is_file():
+            continue
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with path.open("rb") as stream:
+            if size <= _HASHED_WHOLE:
+                digest.update(stream.read())
+            else:
+                digest.update(stream.read(2**20))
+                stream.seek(-(2**20), os.SEEK_END)
+                digest.update(stream.read())
+    return digest.hexdigest()
+
+
+def _is_prepared(target: Path, marker: dict[str, Any]) -> bool:
+    path = target / MARKER
+    if not path.is_file():
+        return False
+    present = _read_json(path)
+    return all(present.get(key) == marker[key] for key in ("layout", "chat_format", "fingerprint"))
+
+
+def _publish(partial: Path, target: Path, marker: dict[str, Any]) -> None:
+    """Rename into place; of two that prepare the same base at once, the first wins."""
+    old = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.old")
+    try:
+        partial.rename(target)
+        return
+    except OSError:
+        if _is_prepared(target, marker):
+            return
+    target.rename(old)
+    partial.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _take_over(source: Path, target: Path) -> None:
+    """Hard-link the weights where the file system allows it, copy the rest."""
+    names = {path.name for pattern in _FILES for path in source.glob(pattern)}
+    if any(name.endswith(".safetensors") for name in names):
+        names = {name for name in names if not name.endswith(".bin")}
+    if not any(name.endswith((".safetensors", ".bin")) for name in names):
+        raise UserError(f"{source} holds no weights", "give a complete checkpoint")
+    for name in sorted(names):
+        path = (source / name).resolve()
+        if name.endswith((".safetensors", ".bin")):
+            try:
+                os.link(path, target / name)
+                continue
+            except OSError:
+                pass
+        shutil.copyfile(path, target / name)
+
+
+def _write_format(directory: Path, format_name: str) -> None:
+    """Chat template and stop tokens of the format, in the files that the engines read."""
+    from tokenizers import Tokenizer
+
+    formats.save_chat_format(directory, format_name)
+    path = directory / "tokenizer_config.json"
+    tokenizer_config = _read_json(path) if path.is_file() else {}
+    if tokenizer_config.pop("chat_template", None) is not None:
+        _write_json(path, tokenizer_config)
+    path = directory / "tokenizer.json"
+    if not path.is_file():
+        raise UserError("the base holds no tokenizer.json", "give a base with a fast tokenizer")
+    vocabulary = Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True)
+    stops = formats.stop_tokens(format_name)
+    missing = [stop for stop in stops if stop not in vocabulary]
+    if missing:
+        raise UserError(
+            f"the tokenizer lacks {', '.join(missing)}, which the format {format_name} needs",
+            "choose the chat format that this base was trained with",
+        )
+    path = directory / "generation_config.json"
+    generation = _read_json(path) if path.is_file() else {}
+    generation["eos_token_id"] = [vocabulary[stop] for stop in stops]
+    generation.setdefault("pad_token_id", vocabulary[stops[0]])
+    _write_json(path, generation)
+
+
+def weight_files(source: Path) -> Iterator[Path]:
+    """The weight files of a checkpoint, safetensors before .bin, in the order of their names."""
+    for pattern in _WEIGHTS:
+        found = sorted(source.glob(pattern))
+        if found:
+            yield from found
+            return
+    raise UserError(f"{source} holds no weights", "give a complete checkpoint")
+
+
+def read_shard(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) of one weight file, without running code from it."""
+    import torch
+
+    if path.suffix == ".safetensors":
+        from safetensors import safe_open
+
+        with safe_open(path, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - safe_open is no mapping
+                yield name, tensors.get_tensor(name)
+    else:
+        yield from torch.load(path, map_location="cpu", weights_only=True, mmap=True).items()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(f"cannot read {path}: {error}", "give a complete checkpoint") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no JSON object", "give a complete checkpoint")
+    return content
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
