@@ -86,8 +86,8 @@ def _table_size(n):
 
 
 @compiled
-def _bleu_matches(text, ref_a, ref_b, hyp_a, hyp_b, out):
-    """Clipped matches of character n-grams, n = 1…4, into out[0:4].
+def _char_matches(text, ref_a, ref_b, hyp_a, hyp_b, out):
+    """Clipped matches of character n-grams, n = 1…len(out), into `out`.
 
     An n-gram is named by (name of its first n-1 characters, next character), so the names
     stay small and exact at any text length.
@@ -101,7 +101,7 @@ def _bleu_matches(text, ref_a, ref_b, hyp_a, hyp_b, out):
     keys = np.empty(size, np.int64)
     ids = np.empty(size, np.int64)
     left = np.empty(ref_n, np.int64)
-    for order in range(1, 5):
+    for order in range(1, len(out) + 1):
         keys[:] = -1
         count = 0
         for i in range(ref_n - order + 1):
@@ -258,7 +258,7 @@ def pair_counts(text, offsets, starts, stops, word_counts, refs, hyps, out):
     for k in range(len(refs)):
         r = refs[k]
         h = hyps[k]
-        _bleu_matches(text, offsets[r], offsets[r + 1], offsets[h], offsets[h + 1], out[k, 0:4])
+        _char_matches(text, offsets[r], offsets[r + 1], offsets[h], offsets[h + 1], out[k, 0:4])
         n_r = word_counts[r]
         n_h = word_counts[h]
         if n_r == 0 or n_h == 0:
@@ -273,3 +273,12 @@ def pair_counts(text, offsets, starts, stops, word_counts, refs, hyps, out):
         _unigram_sets(ref, hyp, n_ref, n_ids, out[k, 4:7])
         _bigram_sets(ref, hyp, out[k, 7:10])
         out[k, 10] = _lcs(ref, hyp, n_ref)
+
+
+@compiled
+def char_matches(text, offsets, refs, hyps, out):
+    """Clipped character n-gram matches of each pair of texts, n = 1…out.shape[1]."""
+    for k in range(len(refs)):
+        r = refs[k]
+        h = hyps[k]
+        _char_matches(text, offsets[r], offsets[r + 1], offsets[h], offsets[h + 1], out[k])

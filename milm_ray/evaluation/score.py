@@ -8,14 +8,14 @@ teacher: a score measures likeness to the teacher and not counselling quality.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import pyarrow as pa
 
 from milm_ray.errors import UserError
 from milm_ray.evaluation.intervals import bootstrap_mean, paired_difference
-from milm_ray.evaluation.overlap import METRICS, score_pairs
+from milm_ray.evaluation.overlap import METRICS, chrf_pairs, score_pairs
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -116,21 +116,10 @@ def score_batch(batch: pa.Table, references: Rounds) -> pa.Table:
             "reference_chars": [len(text) for text in refs],
             "prediction_chars": [len(text) for text in texts],
             **score_pairs(refs, texts),
-            "chrf": _chrf(refs, texts),
+            "chrf": chrf_pairs(refs, texts),
         },
         schema=SCORES,
     )
-
-
-def _chrf(references: Sequence[str], predictions: Sequence[str]) -> list[float]:
-    """Sentence chrF (character 6-grams, beta 2; Popović 2015) in percent, rounded to 4 places."""
-    from sacrebleu.metrics import CHRF
-
-    metric = CHRF()
-    return [
-        round(metric.sentence_score(prediction, [reference]).score, 4)
-        for reference, prediction in zip(references, predictions, strict=True)
-    ]
 
 
 def distinct_n(texts: Iterable[str], n: int) -> float | None:

@@ -8,9 +8,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 from rouge_chinese import Rouge
+from sacrebleu.metrics import CHRF
 
 from milm_ray.evaluation import lexicon, segmenter
-from milm_ray.evaluation.overlap import METRICS, score_pair, score_pairs
+from milm_ray.evaluation.overlap import METRICS, chrf_pairs, score_pair, score_pairs
 
 jieba.setLogLevel(logging.CRITICAL)
 
@@ -136,3 +137,14 @@ def test_many_pairs_in_one_call_keep_their_order(monkeypatch):
 def test_lists_of_different_length_are_refused():
     with pytest.raises(ValueError, match="2 references but 1 predictions"):
         score_pairs(["甲", "乙"], ["甲"])
+    with pytest.raises(ValueError, match="2 references but 1 predictions"):
+        chrf_pairs(["甲", "乙"], ["甲"])
+
+
+@settings(max_examples=200, deadline=None)
+@given(CHINESE, CHINESE)
+@example("", "好")
+@example("好", "好")
+def test_chrf_is_sacrebleus(reference, prediction):
+    expected = CHRF().sentence_score(prediction, [reference]).score
+    assert chrf_pairs([reference], [prediction])[0] == round(expected, 4)
