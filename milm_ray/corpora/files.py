@@ -32,7 +32,15 @@ FILES_PER_CHUNK = 1000
 BYTES_PER_CHUNK = 16 << 20  # of a tar stream or of listed files: about 1,700 SmileChat dialogues
 _BLOCK = 512  # a tar's unit
 _TARS = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.bz2")
-_BROKEN = (EOFError, OSError, lzma.LZMAError, zlib.error, tarfile.TarError, zipfile.BadZipFile)
+_BROKEN = (
+    EOFError,
+    OSError,
+    lzma.LZMAError,
+    zlib.error,
+    tarfile.TarError,
+    zipfile.BadZipFile,
+    pa.ArrowInvalid,  # a seek before the start of a file that is too short
+)
 
 
 @dataclass(frozen=True)
@@ -287,11 +295,15 @@ def _members(tar: BinaryIO) -> Iterator[tuple[bytes, bool]]:
     A long name or PAX header is joined to the member that it describes.
     """
     before = b""
+    first = True
     while True:
         header = tar.read(_BLOCK)
-        if len(header) < _BLOCK or not header.strip(b"\0"):
-            if header and len(header) < _BLOCK:
-                raise EOFError("the archive ends inside a header")
+        if first and not header:
+            raise EOFError("the archive is empty")
+        first = False
+        if 0 < len(header) < _BLOCK:
+            raise EOFError("the archive ends inside a header")
+        if not header.strip(b"\0"):
             return
         info = tarfile.TarInfo.frombuf(header, tarfile.ENCODING, "surrogateescape")
         padded = -(-info.size // _BLOCK) * _BLOCK if _has_data(info) else 0

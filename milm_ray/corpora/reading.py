@@ -128,6 +128,8 @@ class Reader:
             if not text.strip():
                 raise Unusable("empty", "the file holds no text")
             self.parse(parsed, text, limit)
+            if not parsed.dialogues and not parsed.rejects:
+                raise Unusable("empty", "the file holds no record")
         except Unusable as error:
             parsed.reject(error.reason, stem(name), error.detail, error.raw or preview(data))
         return parsed
