@@ -1,0 +1,92 @@
+"""vLLM on a machine without a GPU: one process an engine, and adapters at the base model's speed.
+
+vLLM's own CPU path for LoRA copies the adapter's matrices once *per token* and, where base and
+adapter requests meet in one batch, adds the adapter to the base's rows too (row index -1 is the
+last slot). `GroupedLora` multiplies once per adapter over the rows that asked for it, so both are
+gone. `Worker` puts it in place; `worker_cls` is vLLM's own option for that.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
+from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+from vllm.platforms import current_platform
+from vllm.v1.executor.uniproc_executor import UniProcExecutor
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+WORKER_CLS = f"{__name__}.Worker"
+
+
+class GroupedLora(PunicaWrapperCPU):
+    """Multi-LoRA by one matrix product per adapter in the batch.
+
+    A batch is `groups`: (adapter slot, rows), rows None where the whole batch is one adapter's.
+    Rows of base requests are in no group.
+    """
+
+    groups: list[tuple[int, torch.Tensor | None]]
+
+    def update_metadata(self, *args: Any, **kwargs: Any) -> None:
+        super().update_metadata(*args, **kwargs)
+        slots = self.token_lora_indices
+        present = torch.unique(slots).tolist()
+        if len(present) == 1:
+            self.groups = [] if present[0] < 0 else [(present[0], None)]
+        else:
+            self.groups = [(s, (slots == s).nonzero().squeeze(1)) for s in present if s >= 0]
+
+    def add_lora_linear(
+        self,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        lora_a_stacked: tuple[torch.Tensor, ...],
+        lora_b_stacked: tuple[torch.Tensor, ...],
+        scale: float,
+        output_slices: tuple[int, ...],
+        *,
+        buffer: tuple[torch.Tensor, ...] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """y[rows] += scale · x[rows] Aᵀ Bᵀ, slice by slice of a fused layer (q, k, v; gate, up).
+
+        y: (tokens, out); x: (tokens, in); A: (slots, 1, rank, in); B: (slots, 1, slice, rank).
+        """
+        if not self.groups:
+            return
+        out, rows_in = y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1])
+        for slot, rows in self.groups:
+            chosen = rows_in if rows is None else rows_in[rows]
+            start = 0
+            for a, b, size in zip(lora_a_stacked, lora_b_stacked, output_slices, strict=True):
+                down = chosen @ a[slot, 0].T
+                if rows is None:
+                    out[:, start : start + size].addmm_(down, b[slot, 0].T, alpha=scale)
+                else:
+                    delta = down @ b[slot, 0].T
+                    out[:, start : start + size].index_add_(0, rows, delta, alpha=scale)
+                start += size
+
+
+class Worker(CPUWorker):
+    """vLLM's CPU worker with `GroupedLora`."""
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        qualified = f"{GroupedLora.__module__}.{GroupedLora.__qualname__}"
+        type(current_platform).get_punica_wrapper = classmethod(lambda cls: qualified)
+        super().load_model(*args, **kwargs)
+
+
+class CpuEngine(VLLMEngine):
+    """The engine of ray.serve.llm with the model in the engine's own process.
+
+    vLLM starts one more process for the worker, to bind its threads; with the threads set by the
+    replica's environment it would only import everything once more (about 10 s and 0.8 GiB).
+    """
+
+    def _start_async_llm_engine(self, args: Any, config: Any, placement_group: Any) -> Any:
+        if config.parallel_config.world_size == 1:
+            config.parallel_config.distributed_executor_backend = UniProcExecutor
+        return super()._start_async_llm_engine(args, config, placement_group)

@@ -1,0 +1,121 @@
+"""Model endpoints for as long as a block of code needs them, on the Ray cluster at hand."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import time
+import urllib.error
+import urllib.request
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from milm_ray.errors import UserError
+from milm_ray.serving.models import AppArgs, build_app
+
+log = logging.getLogger("milm_ray")
+_QUIET = {"log_level": "WARNING", "enable_access_log": False}
+
+
+@contextmanager
+def running_models(args: AppArgs, start_timeout_s: float = 1800) -> Iterator[str]:
+    """Serve the models of `args` and yield the base URL of their OpenAI-compatible API.
+
+    Ray must be connected. Where Serve runs already, the models become one more application beside
+    what it serves, and only that is removed afterwards; else Serve itself is started on a free
+    loopback port and shut down. Raises UserError when a model does not come up.
+    """
+    from ray import serve
+
+    name = f"models-{uuid.uuid4().hex[:8]}"
+    port = _port_of_running_serve()
+    ours = port is None
+    if port is None:
+        port = _free_port()
+        serve.start(
+            http_options={"host": "127.0.0.1", "port": port, "location": "HeadOnly"},
+            logging_config=_QUIET,
+        )
+    prefix = "" if ours else f"/{name}"
+    try:
+        target = serve.RunTarget(
+            target=build_app(args), name=name, route_prefix=prefix or "/", logging_config=_QUIET
+        )
+        serve.run_many([target], wait_for_applications_running=False)
+        _wait(name, start_timeout_s)
+        url = f"http://127.0.0.1:{port}{prefix}/v1"
+        _wait_for_http(f"{url}/models")
+        yield url
+    finally:
+        if ours:
+            serve.shutdown()
+        else:
+            serve.delete(name)
+
+
+def _wait(name: str, timeout_s: float) -> None:
+    """Until every deployment of the application is up; each is reported as it comes up."""
+    from ray import serve
+    from ray.serve.schema import ApplicationStatus
+
+    started, ready = time.monotonic(), set[str]()
+    while True:
+        application = serve.status().applications.get(name)
+        waited = time.monotonic() - started
+        if application is not None:
+            up = {k for k, d in application.deployments.items() if d.status == "HEALTHY"}
+            for deployment in sorted(up - ready):
+                total = len(application.deployments)
+                log.info("%s is up after %.0f s (%d of %d)", deployment, waited, len(up), total)
+            ready = up
+            if application.status == ApplicationStatus.RUNNING:
+                return
+            if application.status == ApplicationStatus.DEPLOY_FAILED:
+                causes = [d.message for d in application.deployments.values() if d.message]
+                raise UserError(
+                    "the models did not come up: " + (" ".join(causes) or application.message),
+                    "look at the cause above; memory, paths and engine options are the usual ones",
+                )
+        if waited > timeout_s:
+            raise UserError(
+                f"the models were not up after {timeout_s:.0f} s",
+                "see whether the cluster has the CPUs or GPUs that the serve section asks for "
+                "(`ray status`)",
+            )
+        time.sleep(0.5)
+
+
+def _wait_for_http(url: str, timeout_s: float = 60) -> None:
+    """The proxy learns of a new application a moment after it is up."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            with urllib.request.urlopen(url, timeout=10):
+                return
+        except (urllib.error.URLError, OSError) as error:
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"the endpoint {url} does not answer: {error}",
+                    "see Serve's log under the Ray session's logs/serve/",
+                ) from error
+            time.sleep(0.2)
+
+
+def _port_of_running_serve() -> int | None:
+    """The HTTP port of the cluster's Serve instance, None where none runs."""
+    import ray
+    from ray import serve
+
+    try:
+        ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
+    except ValueError:
+        return None
+    details = serve.context._get_global_client().get_serve_details()
+    return int(details["http_options"]["port"])
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
