@@ -41,18 +41,8 @@ def build(folder: Path) -> tuple[Config, Workspace]:
     ws = Workspace.open(config.workspace)
     sources = [_dialogue(corpus, number) for corpus in CORPORA for number in range(4)]
     rewritten = [_rewritten(source) for source in sources if source.corpus != "smilechat"]
-    _commit(
-        ws,
-        "dialogues",
-        "ingest",
-        pa.Table.from_pylist([d.row() for d in sources], schema.DIALOGUES),
-    )
-    ws.write_table(
-        pa.Table.from_pylist(
-            [schema.Reject("ingest", "one_sided", "smilechat", "9.json").row()], schema.REJECTS
-        ),
-        "rejects/ingest",
-    )
+    table = pa.Table.from_pylist([d.row() for d in sources], schema.DIALOGUES)
+    _commit(ws, "dialogues", "ingest", table, corpora={name: _ingested(name) for name in CORPORA})
     _commit(ws, "mi_dialogues", "transcribe", pa.Table.from_pylist(rewritten, schema.MI_DIALOGUES))
     rounds = [row for dialogue in rewritten[:4] for row in _rounds(dialogue)]
     _commit(ws, "test_rounds", "split", pa.Table.from_pylist(rounds, schema.ROUNDS))
@@ -61,7 +51,6 @@ def build(folder: Path) -> tuple[Config, Workspace]:
             {"model": model, "step": step, "epoch": step / 8, "loss": 3.0 - step / 10}
             for step in (2, 4, 6, 8)
         ]
-        ws.write_bytes(png(), f"adapters/{model}", "loss.png")
         _commit(
             ws,
             f"adapters/{model}",
@@ -69,14 +58,15 @@ def build(folder: Path) -> tuple[Config, Workspace]:
             pa.Table.from_pylist(log, schema.TRAINING_LOG),
             "training_log.parquet",
         )
-    predictions = [_prediction(row, m, v) for row in rounds for m in MODELS for v in _REPLIES]
+    ws.write_bytes(png(), "adapters", "loss_curves.png")
+    predictions = [_prediction(row, m, v) for row in rounds for m in MODELS for v in REPLIES]
     table = pa.Table.from_pylist(predictions, schema.PREDICTIONS)
     _commit(ws, "predictions", "generate", table)
     _score(config, ws, table)
     return config, ws
 
 
-_REPLIES = {"base": "多喝水。", "adapter": "您想少喝一点，朋友在场时最难。"}
+REPLIES = {"base": "多喝水。", "adapter": "您想少喝一点，朋友在场时最难。"}
 
 
 def _score(config: Config, ws: Workspace, predictions: pa.Table) -> None:
@@ -85,6 +75,16 @@ def _score(config: Config, ws: Workspace, predictions: pa.Table) -> None:
     scores = score_predictions(predictions, ws.read_table("test_rounds"))
     made_from = ws.fingerprint({}, ws.input_digests(*score.INPUTS))
     score.record(config, ws, scores, made_from, time.time())
+
+
+def _ingested(corpus: str) -> dict[str, Any]:
+    return {
+        "title": f"The corpus {corpus}",
+        "files": 4,
+        "dialogues": 4,
+        "rejects": {"one_sided": 1} if corpus == "smilechat" else {},
+        "repairs": {},
+    }
 
 
 def _dialogue(corpus: str, number: int) -> schema.Dialogue:
@@ -129,13 +129,18 @@ def _prediction(row: dict[str, Any], model: str, variant: str) -> dict[str, Any]
         "model": model,
         "variant": variant,
         "sampling": "greedy",
-        "text": _REPLIES[variant],
+        "text": REPLIES[variant],
         "finish_reason": "stop",
     }
 
 
 def _commit(
-    ws: Workspace, artifact: str, stage: str, table: pa.Table, name: str = "part-0.parquet"
+    ws: Workspace,
+    artifact: str,
+    stage: str,
+    table: pa.Table,
+    name: str = "part-0.parquet",
+    **facts: Any,
 ) -> None:
     ws.write_table(table, artifact, name)
     ws.commit(
@@ -145,6 +150,7 @@ def _commit(
         fingerprint={},
         counts={"rows": table.num_rows},
         started=time.time(),
+        **facts,
     )
 
 

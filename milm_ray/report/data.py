@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
@@ -32,44 +32,65 @@ Manifests = Mapping[str, Mapping[str, Any]]
 
 
 def corpora(ws: Workspace, found: Manifests) -> Section:
-    """What was read from each corpus and what could not be used."""
+    """What was read from each corpus, what was repaired and what could not be used."""
     if "dialogues" not in found:
         return _absent("corpora", "Corpora", "dialogues/", "ingest")
-    table = ws.read_table("dialogues", ["corpus", "turns"])
-    turns = pc.list_value_length(table["turns"])
-    sizes = table.drop_columns(["turns"]).append_column("turns", turns)
-    grouped = sizes.group_by("corpus").aggregate([("turns", "count"), ("turns", "mean")])
-    rejects = reject_counts(ws, "ingest")
-    lost = Counter({c: sum(n for (k, _), n in rejects.items() if k == c) for c, _ in rejects})
+    summary = found["dialogues"]["corpora"]
+    rounds = _mean_rounds(ws)
     rows = [
-        [row["corpus"], row["turns_count"], row["turns_mean"] / 2, lost.get(row["corpus"], 0)]
-        for row in sorted(grouped.to_pylist(), key=lambda row: row["corpus"])
+        [
+            entry["title"],
+            entry["files"],
+            entry["dialogues"],
+            rounds.get(corpus),
+            sum(entry["rejects"].values()),
+            sum(entry["repairs"].values()),
+        ]
+        for corpus, entry in summary.items()
     ]
-    blocks: list[Any] = [
-        Table(
-            "corpora",
-            "Dialogues read per corpus",
-            [
-                Column("Corpus"),
-                Column("Dialogues", numeric=True),
-                Column("Rounds per dialogue", digits=2, numeric=True),
-                Column("Rejected", numeric=True),
-            ],
-            rows,
-            ["A round is one client turn and the counselor's answer."],
-        ),
-        *_reject_table("ingest", rejects),
+    read = Table(
+        "corpora",
+        "Dialogues read per corpus",
+        [
+            Column("Corpus"),
+            Column("Files", numeric=True),
+            Column("Dialogues", numeric=True),
+            Column("Rounds per dialogue", digits=2, numeric=True),
+            Column("Rejected", numeric=True),
+            Column("Repairs", numeric=True),
+        ],
+        rows,
+        ["A round is one client turn with the counselor's answer."],
+    )
+    reasons = [
+        [entry["title"], what, reason.replace("_", " "), count]
+        for entry in summary.values()
+        for what, key in (("rejected", "rejects"), ("repaired", "repairs"))
+        for reason, count in entry[key].items()
     ]
-    repaired = found["dialogues"]["counts"].get("repairs", {})
-    if isinstance(repaired, Mapping) and repaired:
-        blocks.append(Facts([(str(reason), count) for reason, count in repaired.items()]))
+    handled = Table(
+        "corpora_handled",
+        "What was rejected or repaired, by reason",
+        [Column("Corpus"), Column("Handling"), Column("Reason"), Column("Count", numeric=True)],
+        reasons,
+        ["Each case is listed with its file in rejects/ingest/ and repairs/ingest/."],
+        grouped=True,
+    )
     return Section(
         "corpora",
         "Corpora",
         "Ordinary Chinese counselling dialogues, read from the corpora's own files.",
-        blocks,
+        [read, *([handled] if reasons else [Remark("Nothing was rejected or repaired.")])],
         source_list(found, "dialogues"),
     )
+
+
+def _mean_rounds(ws: Workspace) -> dict[str, float]:
+    """Corpus → mean rounds of its dialogues."""
+    table = ws.read_table("dialogues", ["corpus", "turns"])
+    sizes = pa.table({"corpus": table["corpus"], "turns": pc.list_value_length(table["turns"])})
+    grouped = sizes.group_by("corpus").aggregate([("turns", "mean")])
+    return {row["corpus"]: row["turns_mean"] / 2 for row in grouped.to_pylist()}
 
 
 def reject_counts(ws: Workspace, stage: str) -> dict[tuple[str, str], int]:

@@ -118,18 +118,14 @@ def finetune(config: Config, ws: Workspace, found: Manifests) -> Section:
             ("DeepSpeed", f"ZeRO {tuning.zero_stage}"),
         ]
     )
-    curves = images(ws, "adapters", {})
-    if not curves:
-        for place in adapters:
-            title = f"Loss of {model_label(config, place.removeprefix('adapters/'))} by step"
-            curves += images(ws, place, {"loss": title})
+    curves = images(ws, "adapters", {"loss_curves": "Training loss of the three models"})
     return Section(
         "finetune",
         "Fine-tuning",
         "Low-rank adapters on the three base models, trained at the same time on the same "
         "dialogues, with loss on every counselor turn.",
         [facts, table, *curves, *remarks("finetune")],
-        source_list(found, "adapters/"),
+        source_list(found, "adapters", "adapters/"),
     )
 
 

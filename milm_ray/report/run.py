@@ -12,7 +12,7 @@ from milm_ray.config import Config
 from milm_ray.report.blocks import Column, Facts, Section, Source, Table
 from milm_ray.workspace import MANIFEST, Workspace, digest
 
-# In the order of the pipeline; "/" stands for one artifact per model.
+# In the order of the pipeline; "/" stands for one artifact per model below it.
 ARTIFACTS = (
     ("dialogues", "Source dialogues", "ingest"),
     ("verdicts", "Quality verdicts", "curate"),
@@ -48,7 +48,7 @@ def manifests(ws: Workspace) -> dict[str, dict[str, Any]]:
     """Every finished artifact of the workspace but the report, in the order of the pipeline."""
     found: dict[str, dict[str, Any]] = {}
     for name, _, _ in ARTIFACTS:
-        places = _children(ws, name) if name.endswith("/") else [name]
+        places = [name.rstrip("/"), *_children(ws, name)] if name.endswith("/") else [name]
         for place in places:
             if ws.exists(place, MANIFEST):
                 found[place] = ws.manifest(place)
@@ -63,7 +63,7 @@ def _children(ws: Workspace, folder: str) -> list[str]:
 
 def headline(artifact: str, counts: Mapping[str, Any]) -> int | None:
     """How much an artifact holds: the count that its manifest calls rows, or the nearest to it."""
-    wanted = ("rows", artifact, "dialogues", "rounds", "predictions", "steps")
+    wanted = ("rows", artifact, "dialogues", "rounds", "predictions", "samples")
     numbers = [counts[key] for key in wanted if isinstance(counts.get(key), int)]
     numbers += [value for value in counts.values() if isinstance(value, int)]
     return numbers[0] if numbers else None

@@ -1,0 +1,164 @@
+"""The report: what it shows, what it says of absent artifacts, and where its numbers come from."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import report_sample
+
+from milm_ray.config import Config, load_config
+from milm_ray.report import paper
+from milm_ray.report.blocks import Column, Estimate, Table
+from milm_ray.report.stage import STAGE
+from milm_ray.workspace import Workspace
+
+
+class _Page(HTMLParser):
+    """The text of a page, its links and sources, and its open tags."""
+
+    _VOID = frozenset({"meta", "img", "br", "link", "input", "hr"})
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.text = ""
+        self.links: list[str] = []
+        self.tags: list[str] = []
+        self._open: list[str] = []
+        self.feed(html)
+        assert not self._open, f"not closed: {self._open}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.links += [value or "" for name, value in attrs if name in ("src", "href")]
+        if tag not in self._VOID:
+            self._open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open, f"</{tag}> closes nothing"
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self._open and self._open[-1] != "style":
+            self.text += data + " "
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Workspace, str]:
+    config, ws = report_sample.build(tmp_path_factory.mktemp("report"))
+    STAGE.run(config, ws)
+    return config, ws, ws.read_text("report", "index.html")
+
+
+def test_page_is_well_formed_and_reaches_for_nothing_outside(
+    built: tuple[Config, Workspace, str],
+) -> None:
+    page = _Page(built[2])
+    assert page.links
+    outside = [link for link in page.links if not link.startswith(("#", "data:"))]
+    assert outside == []
+    assert not {"script", "iframe", "link"} & set(page.tags)
+    assert "url(" not in built[2].split("</style>")[0]
+
+
+def test_text_of_the_data_is_escaped(built: tuple[Config, Workspace, str]) -> None:
+    assert "停不下来<b>" not in built[2]
+    assert report_sample.CLIENT in _Page(built[2]).text
+
+
+def test_scores_on_the_page_are_those_of_the_metrics(built: tuple[Config, Workspace, str]) -> None:
+    _, ws, html = built
+    summary = json.loads(ws.read_text("metrics", "summary.json"))
+    rows = list(csv.DictReader(io.StringIO(ws.read_text("report", "figure3_scores_greedy.csv"))))
+    assert len(rows) == len(report_sample.MODELS) * len(summary["metrics"])
+    of_glm4 = next(row for row in rows if row["Model"] == "glm4" and row["Metric"] == "BLEU-4")
+    gain = next(d for d in summary["differences"] if d["model"] == "glm4")["scores"]["bleu_4"]
+    assert float(of_glm4["Base"]) == gain["base"]
+    assert float(of_glm4["MI-LLM"]) == gain["adapter"]
+    assert float(of_glm4["Gain low"]) == gain["low"]
+    assert f"{gain['difference']:.2f}" in _Page(html).text
+
+
+def test_paper_stands_beside_each_model(built: tuple[Config, Workspace, str]) -> None:
+    text = _Page(built[2]).text
+    for base, tuned in paper.BLEU_4.values():
+        assert f"{base:.2f} → {tuned:.2f}" in text
+    for row in paper.TABLE_1:
+        assert row.source in text
+    for note in paper.NOTES:
+        if note.section not in ("statistics",):
+            assert note.finding in text
+
+
+def test_every_section_names_the_manifests_behind_it(built: tuple[Config, Workspace, str]) -> None:
+    _, ws, html = built
+    for artifact in ("dialogues", "mi_dialogues", "adapters/llama3", "predictions", "metrics"):
+        manifest = ws.manifest(artifact)
+        assert f"{artifact}/manifest.json" in html
+        assert f"sha256 {manifest['digest']}" in html
+        assert manifest["finished_at"] in html
+
+
+def test_what_is_absent_is_said_absent(built: tuple[Config, Workspace, str]) -> None:
+    text = re.sub(r"\s+", " ", _Page(built[2]).text)
+    assert "selection/ is not in this workspace. jobs/curate.py makes it." in text
+    assert "Figure 2" not in text
+
+
+def test_an_empty_workspace_gives_a_page_without_results(tmp_path: Path) -> None:
+    config = load_config(report_sample.config_file(tmp_path))
+    ws = Workspace.open(config.workspace)
+    manifest = STAGE.run(config, ws)
+    text = _Page(ws.read_text("report", "index.html")).text
+    assert manifest["counts"]["artifacts"] == 0
+    assert "No stage has finished in this workspace yet" in text
+    for job in ("ingest", "curate", "transcribe", "finetune", "generate", "score"):
+        assert f"jobs/{job}.py makes it" in text
+    assert "Figure 3" not in text
+
+
+def test_report_is_written_again_only_when_an_artifact_changed(tmp_path: Path) -> None:
+    config, ws = report_sample.build(tmp_path)
+    first = STAGE.run(config, ws)
+    assert STAGE.plan(config, ws).done
+    assert STAGE.run(config, ws) == first
+    ws.clear("metrics")
+    assert not STAGE.plan(config, ws).done
+    STAGE.run(config, ws)
+    assert "metrics/ is not in this workspace" in ws.read_text("report", "index.html")
+
+
+def test_examples_show_reference_and_both_replies(built: tuple[Config, Workspace, str]) -> None:
+    text = _Page(built[2]).text
+    assert text.count("Reference") == 3
+    assert report_sample.REFERENCE in text
+    for reply in report_sample.REPLIES.values():
+        assert text.count(reply) == 3 * len(report_sample.MODELS)
+
+
+def test_transcription_pair_shows_source_and_rewrite(built: tuple[Config, Workspace, str]) -> None:
+    text = _Page(built[2]).text
+    assert "Source, 3 rounds" in text
+    assert "Transcribed, 2 rounds" in text
+    assert report_sample.SOURCE_REPLY in text
+
+
+def test_csv_keeps_full_precision_and_splits_intervals() -> None:
+    table = Table(
+        "t",
+        "",
+        [Column("Model"), Column("Score", digits=2, numeric=True, interval=True), Column("n")],
+        [["a", Estimate(1.23456, 1.0, 2.0), 3], ["b", Estimate(None), None]],
+    )
+    assert table.csv() == "Model,Score,Score low,Score high,n\na,1.23456,1.0,2.0,3\nb,,,,\n"
+
+
+def test_groups_join_only_rows_that_follow_each_other() -> None:
+    rows = [["a", 1], ["a", 2], ["b", 3], ["a", 4]]
+    table = Table("t", "", [Column("x"), Column("y")], rows, grouped=True)
+    assert [len(group) for group in table.groups] == [2, 1, 1]
