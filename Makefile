@@ -4,6 +4,8 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+UV := uv==0.13.9
+PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
 # CUDA machines: make LOCK=requirements/gpu.lock …
 LOCK ?= requirements/cpu.lock
 TORCH := $(shell grep -m1 '^torch==' $(LOCK))
@@ -24,9 +26,11 @@ $(VENV)/.installed: $(LOCK) pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "error: Python 3.11 or newer is needed; fix: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --disable-pip-version-check --retries 1 --no-deps $(TORCH_INDEX) '$(TORCH)'
-	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -r $(LOCK)
-	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
+	$(PIP) $(UV) setuptools==78.1.1 wheel==0.48.0
+	$(PIP) --retries 1 --no-deps $(TORCH_INDEX) '$(TORCH)'
+	@# uv unpacks two hundred packages in a tenth of pip's CPU time; pip knows more private mirrors.
+	$(BIN)/uv pip install -q --python $(BIN)/python --no-deps -r $(LOCK) || $(PIP) --no-deps -r $(LOCK)
+	$(PIP) --no-deps --no-build-isolation -e .
 	@touch $@
 
 quickstart: install ## the whole pipeline on the samples, offline; opens nothing, writes runs/quickstart
