@@ -161,7 +161,7 @@ def _chunks(work: list[Chunk]) -> ray.data.Dataset:
         datasets.append(
             whole.flat_map(_cut_row, num_cpus=0, compute=ray.data.TaskPoolStrategy(size=2))
         )
-    return datasets[0].union(*datasets[1:])
+    return datasets[0].union(*datasets[1:]) if len(datasets) > 1 else datasets[0]
 
 
 def _cut_row(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
