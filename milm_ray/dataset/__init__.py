@@ -1,0 +1,1 @@
+"""From dialogues to training and test data: curate, transcribe, split."""

@@ -1,0 +1,1 @@
+"""The one client of every LLM that is used: requests, the reply store, limits, prices, asking."""

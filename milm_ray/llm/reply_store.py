@@ -1,0 +1,267 @@
+"""The reply store: every reply that was ever paid for, kept from the moment it arrives.
+
+Each writing process appends to a file of its own under `replies/`, so writers never meet; a line
+cut off by a crash is ignored. The index holds 64-character keys and places, not texts, so that a
+store of a million replies fits in memory. On an object store, where nothing can be appended, every
+flush is one small object.
+
+Recorded replies are read beside it: stores written elsewhere, or plain rows of
+{corpus, source_id, prompt, reply} that are matched by these three names.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import os
+import socket
+import threading
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow.fs as pafs
+
+from milm_ray.config import LLMSection
+from milm_ray.errors import UserError
+from milm_ray.llm.replies import Reply, Subject, sampling
+from milm_ray.workspace import Workspace
+
+FOLDER = "replies"
+_KEY_START = b'{"key": "'
+_KEY_END = len(_KEY_START) + 64
+
+
+class _Source:
+    """One file of replies: bytes up to `consumed` are in the index."""
+
+    def __init__(self, path: str, content: bytes | None = None) -> None:
+        self.path = path
+        self.content = content  # None: a local plain file, read where it lies
+        self.consumed = 0
+
+    def unread(self) -> bytes:
+        """The whole lines not indexed yet; a last line without its newline is left for later."""
+        if self.content is not None:
+            data = self.content[self.consumed :]
+        else:
+            with open(self.path, "rb") as stream:
+                stream.seek(self.consumed)
+                data = stream.read()
+        return data[: data.rfind(b"\n") + 1]
+
+    def line(self, start: int, length: int) -> bytes:
+        if self.content is not None:
+            return self.content[start : start + length]
+        with open(self.path, "rb") as stream:
+            stream.seek(start)
+            return stream.read(length)
+
+
+class ReplyStore:
+    """Replies by key. Reading and writing are safe from several threads of one process."""
+
+    def __init__(self, workspace: Workspace, recorded: Sequence[str] = ()) -> None:
+        """Open the workspace's own store and index it; `recorded` are files or folders beside it.
+
+        Writes nothing until a reply is put. Raises UserError for a recorded file that cannot be
+        read.
+        """
+        self._workspace = workspace
+        self._is_local = isinstance(workspace.filesystem, pafs.LocalFileSystem)
+        self._writer = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        self._objects = 0
+        self._descriptor: int | None = None
+        self._lock = threading.Lock()
+        self._sources: dict[str, _Source] = {}
+        self._index: dict[bytes, tuple[_Source, int, int]] = {}
+        self._named: dict[Subject, Reply] = {}
+        for place in recorded:
+            for path in _recorded_files(place):
+                self._load_recorded(path)
+        self.refresh()
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def get(self, key: str, subject: Subject | None = None) -> Reply | None:
+        """The reply to a request, or None. `subject` lets a recorded reply be found by name."""
+        place = self._index.get(bytes.fromhex(key))
+        if place is not None:
+            source, start, length = place
+            return Reply.from_line(source.line(start, length))
+        named = self._named.get(subject) if subject is not None else None
+        if named is None:
+            return None
+        return Reply(**{**vars(named), "key": key})
+
+    def refresh(self) -> None:
+        """Index what other writers have appended since the last look."""
+        with self._lock:
+            for path in self._files():
+                source = self._sources.get(path)
+                if source is None:
+                    content = None if self._is_local else self._fetch(path)
+                    source = self._sources[path] = _Source(path, content)
+                self._add_lines(source)
+
+    def put(self, replies: Sequence[Reply]) -> None:
+        """Append replies durably: when this returns they survive a crash of the process or machine.
+
+        Raises UserError when the store cannot be written (disk full, unreachable).
+        """
+        data = b"".join(reply.line() for reply in replies)
+        with self._lock:
+            try:
+                path = self._append(data) if self._is_local else self._write_object(data)
+            except OSError as error:
+                raise UserError(
+                    f"replies cannot be written to {self._workspace.path(FOLDER)}: {error}",
+                    "free space or repair the store and run the same command again; "
+                    "every reply written before is kept and not asked for again",
+                ) from error
+            source = self._sources.get(path)
+            if source is None:
+                content = None if self._is_local else data
+                source = self._sources[path] = _Source(path, content)
+            self._add_lines(source)
+
+    def close(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def _files(self) -> list[str]:
+        selector = pafs.FileSelector(self._workspace.path(FOLDER), allow_not_found=True)
+        infos = self._workspace.filesystem.get_file_info(selector)
+        return sorted(
+            info.path
+            for info in infos
+            if info.path.endswith(".jsonl")
+            and (info.path not in self._sources or self._sources[info.path].consumed != info.size)
+        )
+
+    def _fetch(self, path: str) -> bytes:
+        with self._workspace.filesystem.open_input_stream(path) as stream:
+            return stream.read()
+
+    def _add_lines(self, source: _Source) -> None:
+        start = source.consumed
+        for line in source.unread().splitlines(keepends=True):
+            if line.startswith(_KEY_START) and line.endswith(b"}\n"):
+                try:
+                    key = bytes.fromhex(line[len(_KEY_START) : _KEY_END].decode())
+                    self._index[key] = (source, start, len(line))
+                except ValueError:
+                    pass  # a damaged line is as good as a reply that never came
+            start += len(line)
+        source.consumed = start
+
+    def _append(self, data: bytes) -> str:
+        path = self._workspace.path(FOLDER, f"{self._writer}.jsonl")
+        if self._descriptor is None:
+            folder = self._workspace.path(FOLDER)
+            os.makedirs(folder, exist_ok=True)
+            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+            self._descriptor = os.open(path, flags, 0o644)
+            _sync_folder(folder)
+        before = os.fstat(self._descriptor).st_size
+        try:
+            written = 0
+            while written < len(data):
+                written += os.write(self._descriptor, data[written:])
+            os.fsync(self._descriptor)
+        except OSError:
+            os.ftruncate(self._descriptor, before)  # no half line ahead of later ones
+            raise
+        return path
+
+    def _write_object(self, data: bytes) -> str:
+        self._objects += 1
+        path = self._workspace.path(FOLDER, f"{self._writer}-{self._objects:06d}.jsonl")
+        self._workspace.filesystem.create_dir(self._workspace.path(FOLDER), recursive=True)
+        with self._workspace.filesystem.open_output_stream(path) as stream:
+            stream.write(data)
+        return path
+
+    def _load_recorded(self, path: Path) -> None:
+        source = _Source(str(path), _read(path))
+        if source.content and not source.content.endswith(b"\n"):
+            source.content += b"\n"
+        if (source.content or b"").startswith(_KEY_START):
+            self._add_lines(source)
+            return
+        for number, row in _rows(source.content or b"", path):
+            try:
+                subject = Subject(corpus_key(row["corpus"]), str(row["source_id"]), row["prompt"])
+                text = row["reply"]
+            except (KeyError, TypeError):
+                raise _not_recorded(path, number) from None
+            self._named[subject] = Reply(
+                key="", text=text, finish_reason="recorded", subject=subject
+            )
+
+
+def answered_by(settings: LLMSection) -> dict[str, Any]:
+    """Who answers, for a fingerprint: model, sampling and the content of recorded replies."""
+    content = hashlib.sha256()
+    for place in settings.recorded:
+        for path in _recorded_files(place):
+            content.update(_read(path))
+    recorded = {"recorded": content.hexdigest()} if settings.recorded else {}
+    return {"model": settings.model, **sampling(settings), **recorded}
+
+
+def corpus_key(name: str) -> str:
+    """A corpus's published name in the spelling of the configuration: Psy-Insight, psy_insight."""
+    return name.strip().lower().replace("-", "_")
+
+
+def _recorded_files(place: str) -> list[Path]:
+    path = Path(place)
+    if path.is_dir():
+        found = [p for p in path.rglob("*") if p.name.endswith((".jsonl", ".jsonl.gz"))]
+        return sorted(found)
+    return [path]
+
+
+def _read(path: Path) -> bytes:
+    try:
+        data = path.read_bytes()
+        return gzip.decompress(data) if path.suffix == ".gz" else data
+    except (OSError, EOFError) as error:
+        raise UserError(
+            f"the recorded replies {path} cannot be read: {error}",
+            "correct the path under `recorded:` in the configuration",
+        ) from error
+
+
+def _rows(content: bytes, path: Path) -> Iterator[tuple[int, dict[str, str]]]:
+    lines: Iterable[bytes] = content.splitlines()
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError:
+            raise _not_recorded(path, number) from None
+        yield number, row
+
+
+def _not_recorded(path: Path, number: int) -> UserError:
+    return UserError(
+        f"{path}, line {number}: not a recorded reply",
+        "each line is a JSON object with corpus, source_id, prompt and reply, "
+        "or a line of another workspace's replies/",
+    )
+
+
+def _sync_folder(folder: str) -> None:
+    """Make a new file's name durable too."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
