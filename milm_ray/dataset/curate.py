@@ -209,6 +209,9 @@ def _select(config: Config, workspace: Workspace, fingerprint: Mapping[str, Any]
     )
 
 
+_COLORS = ("#2f6f8f", "#c8793a", "#4d8a57", "#8a5a83", "#777777", "#b5493f")
+
+
 def figure2(summaries: Mapping[str, Mapping[str, Any]]) -> bytes:
     """Figure 2 as PNG: mean score by dimension, one bar per corpus, 95 % intervals."""
     import io
@@ -216,7 +219,7 @@ def figure2(summaries: Mapping[str, Mapping[str, Any]]) -> bytes:
     from matplotlib.figure import Figure
 
     shown = {name: summary for name, summary in summaries.items() if summary["dimensions"]}
-    figure = Figure(figsize=(8, 4), layout="constrained")
+    figure = Figure(figsize=(8, 4.2), layout="constrained")
     axes = figure.subplots()
     width = 0.8 / max(1, len(shown))
     for place, (corpus, summary) in enumerate(shown.items()):
@@ -225,9 +228,17 @@ def figure2(summaries: Mapping[str, Mapping[str, Any]]) -> bytes:
         low = [max(0.0, c["mean"] - c["interval"][0]) for c in cells]
         high = [max(0.0, c["interval"][1] - c["mean"]) for c in cells]
         at = [i + (place - (len(shown) - 1) / 2) * width for i in range(len(DIMENSIONS))]
-        bars = axes.bar(at, means, width * 0.92, label=f"{corpus} (n = {summary['n']})")
+        bars = axes.bar(
+            at,
+            means,
+            width * 0.92,
+            label=f"{corpus} (n = {summary['n']})",
+            color=_COLORS[place % 6],
+        )
         axes.errorbar(at, means, [low, high], fmt="none", ecolor="#333333", capsize=2, lw=0.9)
-        axes.bar_label(bars, [f"{mean:.2f}" for mean in means], label_type="center", fontsize=6.5)
+        for bar, mean in zip(bars, means, strict=True):
+            middle = bar.get_x() + bar.get_width() / 2
+            axes.text(middle, 0.04, f"{mean:.2f}", ha="center", color="white", fontsize=7)
     for i, name in enumerate(DIMENSIONS):
         axes.plot([i - 0.42, i + 0.42], [MAXIMA[name]] * 2, color="#888888", lw=0.8, ls=":")
     labels = [f"{name.capitalize()}\n(0–{MAXIMA[name]})" for name in DIMENSIONS]
@@ -235,7 +246,7 @@ def figure2(summaries: Mapping[str, Mapping[str, Any]]) -> bytes:
     axes.set_ylabel("mean score")
     axes.set_ylim(0, max(MAXIMA.values()) * 1.08)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside upper center", ncols=min(5, max(1, len(shown))), frameon=False)
+    figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=9)
     data = io.BytesIO()
     figure.savefig(data, format="png", dpi=150)
     return data.getvalue()

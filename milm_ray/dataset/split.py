@@ -1,0 +1,166 @@
+"""Split: training and test dialogues, the test rounds, Table 3, and LLaMA-Factory's JSON.
+
+In: `mi_dialogues/`, `dialogues/`. Out: `train/`, `test/` (rows of MI_DIALOGUES), `test_rounds/`
+(rows of ROUNDS), `statistics/` (table3.json) and `llamafactory/`.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.dataset as pads
+
+from milm_ray.config import Config
+from milm_ray.dataset import export
+from milm_ray.dataset.rounds import rounds
+from milm_ray.dataset.sampling import Row, rank
+from milm_ray.dataset.statistics import COUNTING_RULE, table_row
+from milm_ray.errors import UserError
+from milm_ray.job import Plan, Stage, finished
+from milm_ray.models.messages import INSTRUCTION
+from milm_ray.schema import MI_DIALOGUES, ROUNDS
+from milm_ray.workspace import Workspace
+
+ARTIFACTS = ("train", "test", "test_rounds", "llamafactory", "statistics")
+
+
+def split(rows: Sequence[Row], test_dialogues: int, seed: int) -> tuple[list[Row], list[Row]]:
+    """Training and test rows (of MI_DIALOGUES), each in input order; seeded, without leakage.
+
+    Rows that come from one source dialogue, or whose text is the same, stay on one side. Takes
+    whole groups in a seeded order until the test set has exactly `test_dialogues`; UserError when
+    there are too few dialogues.
+    """
+    if len(rows) <= test_dialogues:
+        raise UserError(
+            f"{len(rows)} MI dialogues cannot give {test_dialogues} for the test and some to train",
+            "lower split.test_dialogues or transcribe more dialogues",
+        )
+    tested: set[int] = set()
+    for members in sorted(_groups(rows), key=lambda group: _group_rank(rows, group, seed)):
+        if len(tested) + len(members) <= test_dialogues:
+            tested.update(members)
+    if len(tested) < test_dialogues:
+        raise UserError(
+            f"no choice of whole source dialogues makes a test set of {test_dialogues}",
+            "choose another split.test_dialogues",
+        )
+    train = [row for number, row in enumerate(rows) if number not in tested]
+    return train, [rows[number] for number in sorted(tested)]
+
+
+def _groups(rows: Sequence[Row]) -> list[list[int]]:
+    """Positions of rows that must stay together: the same source, or the same text."""
+    parent = list(range(len(rows)))
+
+    def root(item: int) -> int:
+        while parent[item] != item:
+            parent[item] = parent[parent[item]]
+            item = parent[item]
+        return item
+
+    first: dict[Any, int] = {}
+    for number, row in enumerate(rows):
+        text = tuple(turn["content"] for turn in row["turns"])
+        for mark in (("source", row["source_dialogue_id"]), ("text", text)):
+            parent[root(number)] = root(first.setdefault(mark, number))
+    members: dict[int, list[int]] = defaultdict(list)
+    for number in range(len(rows)):
+        members[root(number)].append(number)
+    return list(members.values())
+
+
+def _group_rank(rows: Sequence[Row], group: Sequence[int], seed: int) -> str:
+    return min(rank(seed, "split", rows[number]["source_dialogue_id"]) for number in group)
+
+
+def _fingerprint(config: Config, workspace: Workspace) -> dict[str, Any]:
+    settings = {"seed": config.seed, **config.split.model_dump(), "instruction": INSTRUCTION}
+    return workspace.fingerprint(settings, workspace.input_digests("mi_dialogues"))
+
+
+def plan(config: Config, workspace: Workspace) -> Plan:
+    """How many MI dialogues there are to split."""
+    if not workspace.exists("mi_dialogues", "manifest.json"):
+        return Plan()
+    fingerprint = _fingerprint(config, workspace)
+    done = all(workspace.is_done(artifact, fingerprint) for artifact in ARTIFACTS)
+    return Plan(workspace.manifest("mi_dialogues")["counts"]["transcribed"], done=done)
+
+
+def run(config: Config, workspace: Workspace) -> Mapping[str, Any]:
+    """Split, count and export; returns the manifest of `statistics/`."""
+    fingerprint = _fingerprint(config, workspace)
+    # `statistics` is written last: where it is current, so are the others.
+    if finished(workspace, "statistics", fingerprint):
+        return workspace.manifest("statistics")
+    started = time.time()
+    rows = workspace.read_table("mi_dialogues").to_pylist()
+    train, test = split(rows, config.split.test_dialogues, config.seed)
+    test_rounds = [row for dialogue in test for row in rounds(dialogue)]
+
+    def commit(artifact: str, counts: Mapping[str, Any], **facts: Any) -> Mapping[str, Any]:
+        return workspace.commit(
+            artifact,
+            stage="split",
+            settings=config.split,
+            fingerprint=fingerprint,
+            counts=counts,
+            started=started,
+            **facts,
+        )
+
+    for artifact in ARTIFACTS:
+        workspace.clear(artifact)
+    for artifact, part in (("train", train), ("test", test)):
+        workspace.write_table(pa.Table.from_pylist(part, schema=MI_DIALOGUES), artifact)
+        commit(artifact, {"dialogues": len(part)})
+    workspace.write_table(pa.Table.from_pylist(test_rounds, schema=ROUNDS), "test_rounds")
+    commit("test_rounds", {"rounds": len(test_rounds)}, instruction=INSTRUCTION)
+    for name, records in export.files(train, test).items():
+        workspace.write_text(_json(records), "llamafactory", name)
+    commit("llamafactory", {"train_dialogues": len(train), "test_rounds": len(test_rounds)})
+    table = _table3(workspace, rows)
+    assert table["rows"][-1]["rounds"] == len(test_rounds)
+    workspace.write_text(_json(table), "statistics", "table3.json")
+    return commit(
+        "statistics",
+        {"train": len(train), "test": len(test), "test_rounds": len(test_rounds)},
+        table3=table,
+    )
+
+
+def _table3(workspace: Workspace, mi_rows: Sequence[Row]) -> dict[str, Any]:
+    """Table 3: each source corpus whole, the dialogues transcribed, their MI form, train, test."""
+    dialogues = pads.dataset(
+        workspace.parquet_files("dialogues"), filesystem=workspace.filesystem, format="parquet"
+    )
+    sources = pa.array({row["source_dialogue_id"] for row in mi_rows}, pa.string())
+    conditions = {
+        f"corpus {name}": pads.field("corpus") == name
+        for name in sorted({row["corpus"] for row in mi_rows})
+    }
+    conditions["transcribed sources"] = pads.field("dialogue_id").isin(sources)
+    rows = [
+        table_row(name, (b["turns"] for b in dialogues.to_batches(["turns"], filter=condition)))
+        for name, condition in conditions.items()
+    ]
+    for name, artifact in (
+        ("MI dialogues", "mi_dialogues"),
+        ("MI train", "train"),
+        ("MI test", "test"),
+    ):
+        rows.append(table_row(name, [workspace.read_table(artifact, ["turns"])["turns"]]))
+    return {"counting_rule": COUNTING_RULE, "rows": rows}
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=1)
+
+
+STAGE = Stage("split", plan, run, uses_ray=False)
