@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
+from milm_ray.report import paper
 from milm_ray.report.blocks import (
     Column,
     Estimate,
@@ -194,20 +195,36 @@ def transcription(ws: Workspace, found: Manifests) -> Section:
     if "mi_dialogues" not in found:
         return _absent("transcription", "Transcription into MI", "mi_dialogues/", "transcribe")
     manifest = found["mi_dialogues"]
+    counts, spent = manifest["counts"], usage(manifest)
     table = ws.read_table("mi_dialogues")
-    spent = usage(manifest)
     facts = Facts(
         [
-            ("MI dialogues", table.num_rows),
-            ("With a target behaviour", _filled(table, "target_behavior")),
-            ("Prompt tokens", spent.get("prompt_tokens")),
-            ("Completion tokens", spent.get("completion_tokens")),
-            ("Replies of the teacher", spent.get("replies")),
-            ("Cost, USD", spent.get("cost_usd")),
-            ("Replies of unknown cost", spent.get("replies_with_unknown_cost")),
+            ("Teacher", manifest["llm"]["model"]),
+            ("Prompt", f"{manifest['prompt']['name']}, {manifest['prompt']['version']}"),
+            ("Dialogues asked for", counts["asked"]),
+            ("Transcribed", counts["transcribed"]),
+            ("Rejected", counts["rejected"]),
+            ("Repaired by a second reply", counts["repaired"]),
+            ("Replies", spent["replies"]),
+            ("Prompt tokens", spent["prompt_tokens"]),
+            ("Completion tokens", spent["completion_tokens"]),
+            ("Replies of unknown tokens", spent["replies_with_unknown_tokens"]),
+            ("Cost, USD", spent["cost_usd"]),
+            ("Replies of unknown cost", spent["replies_with_unknown_cost"]),
         ]
     )
     blocks: list[Any] = [facts, *_reject_table("transcribe", reject_counts(ws, "transcribe"))]
+    behaviours = counts["by_target_behavior"]
+    if behaviours:
+        blocks.append(
+            Table(
+                "target_behaviors",
+                "Target behaviours of the MI dialogues",
+                [Column("Behaviour"), Column("Dialogues", numeric=True)],
+                [[name.replace("_", " "), count] for name, count in behaviours.items()],
+                ["Found by keywords in what the client says; none: no keyword was met."],
+            )
+        )
     pair = _example_pair(ws, found, table)
     if pair:
         blocks.append(pair)
@@ -219,10 +236,6 @@ def transcription(ws: Workspace, found: Manifests) -> Section:
         [*blocks, *remarks("transcription")],
         source_list(found, "mi_dialogues"),
     )
-
-
-def _filled(table: Any, column: str) -> int:
-    return int(pc.sum(pc.not_equal(pc.fill_null(table[column], ""), "")).as_py() or 0)
 
 
 def _example_pair(ws: Workspace, found: Manifests, table: Any) -> Pair | None:
@@ -237,7 +250,7 @@ def _example_pair(ws: Workspace, found: Manifests, table: Any) -> Pair | None:
     )
     if not source:
         return None
-    behaviour = rewritten["target_behavior"]
+    behaviour = rewritten["target_behavior"].replace("_", " ")
     about = f"; target behaviour: {behaviour}" if behaviour else ""
     return Pair(
         f"{rewritten['corpus']} / {rewritten['source_id']} before and after transcription{about}",
@@ -249,6 +262,62 @@ def _example_pair(ws: Workspace, found: Manifests, table: Any) -> Pair | None:
 def _speech(title: str, turns: list[dict[str, str]]) -> Speech:
     shown = [(turn["role"], turn["content"]) for turn in turns[:_SHOWN_TURNS]]
     return Speech(f"{title}, {len(turns) // 2} rounds", shown, max(0, len(turns) - _SHOWN_TURNS))
+
+
+# The sets of Table 3 that the paper reports, by the name that split gives them.
+_PAPER_SETS = {"corpus cpsycound": "cpsycound", "MI train": "train", "MI test": "test"}
+
+
+def statistics(ws: Workspace, found: Manifests) -> Section:
+    """Table 3: dialogues, rounds and lengths of turns, the paper's figures beside ours."""
+    if "statistics" not in found:
+        return _absent("statistics", "Statistics", "statistics/", "split")
+    table3 = json.loads(ws.read_text("statistics", "table3.json"))
+    rows = []
+    for ours in table3["rows"]:
+        theirs = paper.TABLE_3.get(_PAPER_SETS.get(ours["set"], ""), {})
+        rows.append(
+            [
+                ours["set"],
+                ours["dialogues"],
+                ours["rounds"],
+                ours["rounds_per_dialogue"],
+                theirs.get("rounds"),
+                ours["client_characters"],
+                theirs.get("client_chars"),
+                ours["counselor_characters"],
+                theirs.get("counselor_chars"),
+            ]
+        )
+    table = Table(
+        "table3_statistics",
+        "Table 3. Dialogues, rounds and lengths of turns",
+        [
+            Column("Set"),
+            Column("Dialogues", numeric=True),
+            Column("Rounds", numeric=True),
+            Column("Rounds each", digits=2, numeric=True),
+            Column("Paper: rounds", digits=2, numeric=True),
+            Column("Client turn", digits=2, numeric=True),
+            Column("Paper: client", digits=2, numeric=True),
+            Column("Counselor turn", digits=2, numeric=True),
+            Column("Paper: counselor", digits=2, numeric=True),
+        ],
+        rows,
+        [
+            f"Length of a turn: {table3['counting_rule']}.",
+            "The paper's cells that were not available to us are left empty. Its train and test "
+            "sets have 2,000 and 40 dialogues.",
+        ],
+    )
+    return Section(
+        "statistics",
+        "Statistics",
+        "What the dialogues look like before and after transcription, and on either side of the "
+        "split.",
+        [table, *remarks("statistics")],
+        source_list(found, "statistics", "train", "test", "test_rounds"),
+    )
 
 
 def _absent(id: str, title: str, artifact: str, job: str) -> Section:

@@ -267,7 +267,7 @@ def examples(config: Config, ws: Workspace, found: Manifests) -> Section:
         blocks.append(
             Example(
                 f"Dialogue {row['dialogue_id'][:8]}, round {row['round_index']}{topic}",
-                row["history"][-1]["client"] if not row["input"] else _last_words(row["input"]),
+                row["input"],
                 row["output"],
                 replies,
             )
@@ -298,10 +298,6 @@ def _spread(ws: Workspace, keys: set[tuple[str, int]]) -> list[dict[str, Any]]:
     wanted = table.filter(pc.field("dialogue_id").isin([dialogue for dialogue, _ in chosen]))
     rows = {(r["dialogue_id"], r["round_index"]): r for r in wanted.to_pylist()}
     return [rows[key] for key in chosen]
-
-
-def _last_words(text: str) -> str:
-    return text.strip().splitlines()[-1] if text.strip() else ""
 
 
 def _scores(ws: Workspace, found: Manifests, sampling: str) -> dict[tuple[Any, ...], str]:

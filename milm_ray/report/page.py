@@ -42,6 +42,7 @@ def sections(
         data.curation(ws, found),
         data.transcription(ws, found),
         models.benchmarks(),
+        data.statistics(ws, found),
         models.finetune(config, ws, found),
         models.results(config, ws, found),
         models.examples(config, ws, found),
@@ -64,7 +65,7 @@ def glance(
         ("test_rounds", "test rounds"),
     ):
         if artifact in found:
-            number = run.headline(artifact, found[artifact]["counts"])
+            number = run.rows_of(artifact, found[artifact])
             if number is not None:
                 items.append((label, f"{number:,}"))
     items += [(f"BLEU-4 gain, {model}", f"{gain:+.2f}") for model, gain in gains.items()]

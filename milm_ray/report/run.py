@@ -12,18 +12,39 @@ from milm_ray.config import Config
 from milm_ray.report.blocks import Column, Facts, Section, Source, Table
 from milm_ray.workspace import MANIFEST, Workspace, digest
 
-# In the order of the pipeline; "/" stands for one artifact per model below it.
+
+@dataclass(frozen=True)
+class Artifact:
+    """An artifact of the workspace and the count in its manifest that says how much it holds.
+
+    A name that ends in "/" stands for one artifact per model below it. shown: in the flow picture.
+    """
+
+    name: str
+    title: str
+    job: str
+    count: str
+    shown: bool = True
+
+    @property
+    def folder(self) -> str:
+        return self.name.rstrip("/")
+
+
+# In the order of the pipeline.
 ARTIFACTS = (
-    ("dialogues", "Source dialogues", "ingest"),
-    ("verdicts", "Quality verdicts", "curate"),
-    ("selection", "Selected corpora", "curate"),
-    ("mi_dialogues", "MI dialogues", "transcribe"),
-    ("train", "Training set", "split"),
-    ("test", "Test set", "split"),
-    ("test_rounds", "Test rounds", "split"),
-    ("adapters/", "LoRA adapters", "finetune"),
-    ("predictions", "Predictions", "generate"),
-    ("metrics", "Metrics", "score"),
+    Artifact("dialogues", "Source dialogues", "ingest", "dialogues"),
+    Artifact("verdicts", "Judged dialogues", "curate", "judged"),
+    Artifact("selection", "Selected corpora", "curate", "selected"),
+    Artifact("mi_dialogues", "MI dialogues", "transcribe", "transcribed"),
+    Artifact("train", "Training dialogues", "split", "dialogues"),
+    Artifact("test", "Test dialogues", "split", "dialogues"),
+    Artifact("test_rounds", "Test rounds", "split", "rounds"),
+    Artifact("statistics", "Table 3", "split", "sets", shown=False),
+    Artifact("llamafactory", "LLaMA-Factory export", "split", "records", shown=False),
+    Artifact("adapters/", "Adapters", "finetune", "samples"),
+    Artifact("predictions", "Predictions", "generate", "rows"),
+    Artifact("metrics", "Scores", "score", "rows"),
 )
 
 
@@ -47,9 +68,9 @@ class Flow:
 def manifests(ws: Workspace) -> dict[str, dict[str, Any]]:
     """Every finished artifact of the workspace but the report, in the order of the pipeline."""
     found: dict[str, dict[str, Any]] = {}
-    for name, _, _ in ARTIFACTS:
-        places = [name.rstrip("/"), *_children(ws, name)] if name.endswith("/") else [name]
-        for place in places:
+    for artifact in ARTIFACTS:
+        each = _children(ws, artifact.name) if artifact.name.endswith("/") else []
+        for place in (artifact.folder, *each):
             if ws.exists(place, MANIFEST):
                 found[place] = ws.manifest(place)
     return found
@@ -61,20 +82,18 @@ def _children(ws: Workspace, folder: str) -> list[str]:
     return sorted(f"{folder}{i.base_name}" for i in infos if i.type == pafs.FileType.Directory)
 
 
-def headline(artifact: str, counts: Mapping[str, Any]) -> int | None:
-    """How much an artifact holds: the count that its manifest calls rows, or the nearest to it."""
-    wanted = ("rows", artifact, "dialogues", "rounds", "predictions", "samples")
-    numbers = [counts[key] for key in wanted if isinstance(counts.get(key), int)]
-    numbers += [value for value in counts.values() if isinstance(value, int)]
-    return numbers[0] if numbers else None
+def rows_of(place: str, manifest: Mapping[str, Any]) -> int | None:
+    """How much an artifact holds, by the count that stands for it; None where it has none."""
+    for artifact in ARTIFACTS:
+        if place == artifact.name or (place != artifact.folder and place.startswith(artifact.name)):
+            return manifest["counts"].get(artifact.count)
+    return None
 
 
-def rejected(counts: Mapping[str, Any]) -> dict[str, int]:
-    """The rejects of a manifest by reason; {} when none are counted."""
-    found = counts.get("rejects", counts.get("rejected"))
-    if isinstance(found, Mapping):
-        return {str(reason): count for reason, count in found.items() if isinstance(count, int)}
-    return {"rejected": found} if isinstance(found, int) and found else {}
+def rejected(counts: Mapping[str, Any]) -> int | None:
+    """How many rows a stage could not use; None where it rejects nothing by its nature."""
+    number = counts.get("rejects", counts.get("rejected", counts.get("unscored")))
+    return sum(number.values()) if isinstance(number, Mapping) else number
 
 
 def usage(manifest: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -85,16 +104,16 @@ def usage(manifest: Mapping[str, Any]) -> Mapping[str, Any]:
 def flow(found: Mapping[str, Mapping[str, Any]]) -> Flow:
     """The flow picture, with the count of each artifact that is there."""
     steps = []
-    for name, title, job in ARTIFACTS:
-        if name.endswith("/"):
-            models = [place for place in found if place.startswith(name)]
-            count = f"{len(models)} models" if models else None
-        elif name in found:
-            number = headline(name, found[name]["counts"])
+    for artifact in ARTIFACTS:
+        count = None
+        if artifact.name.endswith("/"):
+            models = sum(place.startswith(artifact.name) for place in found)
+            count = f"{models} models" if models else None
+        elif artifact.name in found:
+            number = rows_of(artifact.name, found[artifact.name])
             count = "done" if number is None else f"{number:,}"
-        else:
-            count = None
-        steps.append(Step(title, job, count))
+        if artifact.shown:
+            steps.append(Step(artifact.title, artifact.job, count))
     return Flow(tuple(steps))
 
 
@@ -103,13 +122,12 @@ def section(config: Config, ws: Workspace, found: Mapping[str, Mapping[str, Any]
     rows = []
     for artifact, manifest in found.items():
         spent = usage(manifest)
-        rejects = sum(rejected(manifest["counts"]).values())
         rows.append(
             [
                 manifest["stage"],
                 artifact,
-                headline(artifact, manifest["counts"]),
-                rejects,
+                rows_of(artifact, manifest),
+                rejected(manifest["counts"]),
                 spent.get("replies"),
                 spent.get("cost_usd"),
                 manifest["seconds"],
