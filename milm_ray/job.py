@@ -76,7 +76,7 @@ def main(description: str, stages: Sequence[Stage], argv: Sequence[str] | None =
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout
     )
-    for noisy in ("httpx", "httpcore", "openai", "jieba", "matplotlib"):
+    for noisy in ("httpx", "httpcore", "openai", "jieba", "matplotlib", "ray.data"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
         wanted = {section for stage in stages for section in stage.check_paths}
@@ -107,14 +107,19 @@ def _run_stage(stage: Stage, config: Config, workspace: Workspace, where: str) -
     started = time.time()
     log.info("%s %s | start", where, stage.name)
     manifest = stage.run(config, workspace)
-    counts = ", ".join(f"{key} {_short(value)}" for key, value in manifest["counts"].items())
-    log.info("%s %s | done in %.1f s: %s", where, stage.name, time.time() - started, counts)
+    log.info(
+        "%s %s | done in %.1f s: %s",
+        where,
+        stage.name,
+        time.time() - started,
+        _totals(manifest["counts"]),
+    )
 
 
-def _short(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{k} {_short(v)}" for k, v in value.items()) + "}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
+def _totals(counts: Mapping[str, Any]) -> str:
+    """The plain numbers of a manifest's counts; the breakdowns are in the manifest itself."""
+    plain = {key: value for key, value in counts.items() if isinstance(value, int | float)}
+    return ", ".join(f"{key} {value:,}" for key, value in plain.items())
 
 
 def _arguments(description: str, argv: Sequence[str] | None) -> argparse.Namespace:
