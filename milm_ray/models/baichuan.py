@@ -9,6 +9,7 @@ of rotary positions and is refused.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,14 +61,12 @@ def llama_tensors(name: str, tensor: torch.Tensor, norm_head: bool) -> dict[str,
 def _convert_weights(source: Path, target: Path, norm_head: bool) -> None:
     from safetensors.torch import save_file
 
-    from milm_ray.models.checkpoint import read_shard, weight_files
-
-    files = list(weight_files(source))
+    files = list(_weight_files(source))
     weight_map: dict[str, str] = {}
     total = 0
     for number, path in enumerate(files, start=1):
         converted: dict[str, torch.Tensor] = {}
-        for name, tensor in read_shard(path):
+        for name, tensor in _read_shard(path):
             converted |= llama_tensors(name, tensor, norm_head)
         shard = f"model-{number:05d}-of-{len(files):05d}.safetensors"
         save_file(converted, target / shard, metadata={"format": "pt"})
@@ -75,6 +74,30 @@ def _convert_weights(source: Path, target: Path, norm_head: bool) -> None:
         total += sum(tensor.nbytes for tensor in converted.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (target / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _weight_files(source: Path) -> Iterator[Path]:
+    """The weight files of a checkpoint, safetensors before .bin, in the order of their names."""
+    for pattern in ("*.safetensors", "*.bin"):
+        found = sorted(source.glob(pattern))
+        if found:
+            yield from found
+            return
+    raise UserError(f"{source} holds no weights", "give a complete checkpoint")
+
+
+def _read_shard(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) of one weight file, without running code from it."""
+    import torch
+
+    if path.suffix == ".safetensors":
+        from safetensors import safe_open
+
+        with safe_open(path, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - safe_open is no mapping
+                yield name, tensors.get_tensor(name)
+    else:
+        yield from torch.load(path, map_location="cpu", weights_only=True, mmap=True).items()
 
 
 def _write_config(target: Path, config: dict[str, Any]) -> None:

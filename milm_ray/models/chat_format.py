@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ _MARK = "\x00"
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """One format. Texts are template fragments; a turn reads user + header + reply + reply_end.
+    """One format. Texts are template fragments; a round reads user, header, reply, reply_after.
 
     prefix: opens every dialogue. system, user: with `{}` where the content goes.
     header: opens the counselor's turn and is the generation prompt. reply: what the counselor's
@@ -38,6 +38,7 @@ class ChatFormat:
     eos_in_text: the reply's text ends with eos; otherwise eos is only ever predicted (as the label
     of the token behind the reply) and stands once, at the end of a training dialogue.
     stops: tokens that end generation. guards: beginnings of special tokens, kept out of contents.
+    reply_after: text behind a finished reply that carries no loss (ChatML's newline).
     """
 
     name: str
@@ -50,6 +51,7 @@ class ChatFormat:
     eos_in_text: bool
     stops: tuple[str, ...]
     guards: tuple[str, ...]
+    reply_after: str = ""
 
 
 FORMATS: dict[str, ChatFormat] = {}
@@ -80,7 +82,7 @@ def template(model: str) -> str:
     return "".join(
         [
             "{%- macro clean(text) -%}{{ " + clean + " }}{%- endmacro -%}",
-            "{{- " + _quote(fmt.prefix) + " -}}" if fmt.prefix else "",
+            _filled(fmt.prefix),
             "{%- for message in messages -%}",
             "{%- set content = clean(message['content']) -%}",
             "{%- if message['role'] == 'system' and loop.first -%}",
@@ -90,6 +92,7 @@ def template(model: str) -> str:
             "{%- elif message['role'] == 'assistant' -%}",
             _filled(fmt.header),
             "{%- generation -%}" + _filled(fmt.reply) + "{%- endgeneration -%}",
+            _filled(fmt.reply_after),
             "{%- else -%}",
             "{{- raise_exception('a message is system (first only), user or assistant, not '",
             " ~ message['role']) -}}",
@@ -153,7 +156,7 @@ def encode_dialogue(
 def fit(
     tokenizer: Any, model: str, messages: Sequence[Message], max_tokens: int, *, training: bool
 ) -> tuple[list[Message], int]:
-    """Drop the oldest rounds until a dialogue fits in max_tokens; returns it and the rounds dropped.
+    """Drop the oldest rounds until a dialogue fits in max_tokens: (what is kept, rounds dropped).
 
     The system message and the newest round (for a prompt: the newest client turn) always stay, so
     the result may still be too long; the caller counts that. training: measured as
@@ -190,6 +193,8 @@ def _quote(text: str) -> str:
 
 def _filled(fragment: str) -> str:
     """Jinja output of a fragment, `{}` replaced by the message's content."""
+    if not fragment:
+        return ""
     parts: list[str] = []
     for index, text in enumerate(fragment.split("{}")):
         if index:
@@ -199,7 +204,7 @@ def _filled(fragment: str) -> str:
     return "{{- " + " ~ ".join(parts) + " -}}"
 
 
-@lru_cache(maxsize=None)
+@cache
 def _compiled(model: str) -> Any:
     """The compiled template, its generation blocks framed by _MARK."""
     from jinja2 import nodes
@@ -209,7 +214,7 @@ def _compiled(model: str) -> Any:
     class Generation(Extension):
         """`{% generation %}…{% endgeneration %}`, which transformers defines for its own labels."""
 
-        tags = {"generation"}
+        tags = {"generation"}  # noqa: RUF012 - the base class declares it so
 
         def parse(self, parser: Any) -> nodes.Node:
             line = next(parser.stream).lineno

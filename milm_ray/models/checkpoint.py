@@ -13,22 +13,16 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from milm_ray.errors import UserError
 from milm_ray.models import chat_format as formats
 from milm_ray.models import registry
 
-if TYPE_CHECKING:
-    import torch
-
 MARKER = "milm_base.json"
 _LAYOUT_VERSION = 1
-_WEIGHTS = ("*.safetensors", "*.bin")
-_FILES = ("*.json", "*.model", "*.jinja", "LICENSE*", "*.txt", *_WEIGHTS)
-_FORMAT_OF_TYPE = {"baichuan": "baichuan2", "glm": "glm4", "llama": "llama3"}
+_FILES = ("*.json", "*.model", "*.jinja", "LICENSE*", "*.txt", "*.safetensors", "*.bin")
 _HASHED_WHOLE = 64 * 2**20
 
 
@@ -87,12 +81,13 @@ def _registered(name: str) -> registry.BaseModel | None:
 
 def _format_of(config: dict[str, Any], source: Path) -> str:
     kind = config.get("model_type", "")
-    if kind not in _FORMAT_OF_TYPE:
-        raise UserError(
-            f"{source} is a {kind or 'nameless'} model, whose chat format is not known",
-            "name its chat_format, or add the model to milm_ray/models/registry.py",
-        )
-    return _FORMAT_OF_TYPE[kind]
+    for entry in registry.BASE_MODELS.values():
+        if entry.model_type == kind:
+            return entry.chat_format
+    raise UserError(
+        f"{source} is a {kind or 'nameless'} model, whose chat format is not known",
+        "name its chat_format, or add the model to milm_ray/models/registry.py",
+    )
 
 
 def _fetch(
@@ -222,30 +217,6 @@ def _write_format(directory: Path, format_name: str) -> None:
     generation["eos_token_id"] = [vocabulary[stop] for stop in stops]
     generation.setdefault("pad_token_id", vocabulary[stops[0]])
     _write_json(path, generation)
-
-
-def weight_files(source: Path) -> Iterator[Path]:
-    """The weight files of a checkpoint, safetensors before .bin, in the order of their names."""
-    for pattern in _WEIGHTS:
-        found = sorted(source.glob(pattern))
-        if found:
-            yield from found
-            return
-    raise UserError(f"{source} holds no weights", "give a complete checkpoint")
-
-
-def read_shard(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) of one weight file, without running code from it."""
-    import torch
-
-    if path.suffix == ".safetensors":
-        from safetensors import safe_open
-
-        with safe_open(path, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - safe_open is no mapping
-                yield name, tensors.get_tensor(name)
-    else:
-        yield from torch.load(path, map_location="cpu", weights_only=True, mmap=True).items()
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -16,6 +16,7 @@ class BaseModel:
 
     name: short name used in configs, artifacts and endpoints. hub_id, revision: where it comes from
     and the pin (None: the hub's main, recorded in the manifest). chat_format: a format's name.
+    model_type: as its config.json says it; a local copy of the base is recognised by it.
     lora_targets: every linear layer but the head, as the transformers layout names them.
     licence: its name. adapter_prefix: what a fine-tune's name must begin with, or "". notice: a
     sentence that whoever hands on an adapter must show. note: what else its user must know.
@@ -25,6 +26,7 @@ class BaseModel:
     hub_id: str
     revision: str | None
     chat_format: str
+    model_type: str
     lora_targets: tuple[str, ...]
     licence: str
     licence_url: str
@@ -43,6 +45,7 @@ BASE_MODELS: dict[str, BaseModel] = {
             hub_id="baichuan-inc/Baichuan2-7B-Chat",
             revision=None,
             chat_format="baichuan2",
+            model_type="baichuan",
             lora_targets=(*_ATTENTION, "gate_proj", "up_proj", "down_proj"),
             licence="Community License for Baichuan2 Model",
             licence_url="https://huggingface.co/baichuan-inc/Baichuan2-7B-Chat",
@@ -56,6 +59,7 @@ BASE_MODELS: dict[str, BaseModel] = {
             hub_id="zai-org/glm-4-9b-chat-hf",
             revision=None,
             chat_format="glm4",
+            model_type="glm",
             lora_targets=(*_ATTENTION, "gate_up_proj", "down_proj"),
             licence="glm-4-9b licence",
             licence_url="https://huggingface.co/zai-org/glm-4-9b-chat-hf/blob/main/LICENSE",
@@ -68,6 +72,7 @@ BASE_MODELS: dict[str, BaseModel] = {
             hub_id="shenzhi-wang/Llama3-8B-Chinese-Chat",
             revision="v2",
             chat_format="llama3",
+            model_type="llama",
             lora_targets=(*_ATTENTION, "gate_proj", "up_proj", "down_proj"),
             licence="Meta Llama 3 Community License",
             licence_url="https://llama.meta.com/llama3/license/",

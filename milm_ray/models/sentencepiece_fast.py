@@ -27,10 +27,12 @@ def fast_tokenizer(path: Path) -> Tokenizer:
     from sentencepiece import sentencepiece_model_pb2
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
-    proto = sentencepiece_model_pb2.ModelProto()
+    proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
     proto.ParseFromString(path.read_bytes())
     if proto.trainer_spec.model_type != _BPE:
-        raise UserError(f"{path} is not a SentencePiece BPE model", "give the model's original file")
+        raise UserError(
+            f"{path} is not a SentencePiece BPE model", "give the model's original file"
+        )
     pieces = [(piece.piece, piece.score, piece.type) for piece in proto.pieces]
     vocabulary = {text: index for index, (text, _, _) in enumerate(pieces)}
     tokenizer = Tokenizer(

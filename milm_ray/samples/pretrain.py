@@ -35,6 +35,7 @@ SEED = 20240524
 TOKENIZER_DIALOGUES = 6000
 HELD_OUT_SHARE = 100  # one dialogue in so many
 EVALUATED = 200
+FIGURES = "pretraining.json"
 
 
 @dataclass(frozen=True)
@@ -281,3 +282,98 @@ def save(name: str, model: Any, trained: dict[str, Any], pieces: bytes, director
     else:
         tiny_layouts.save_baichuan(model, pieces, directory)
     chat_format.save_chat_format(directory, FORMAT[name])
+
+
+def train_trunk(dialogues: list[Dialogue], trained: dict[str, Any], work: Path) -> Any:
+    """The trunk's weights (state dict), trained or taken from its finished checkpoint."""
+    import torch
+
+    torch.manual_seed(SEED)
+    model = tiny_layouts.llama_model()
+    tokenizer = tiny_tokenizers.with_specials(trained, tiny_tokenizers.LLAMA3_SPECIALS)
+    batches = blocks(_wrapped(tokenizer), "tiny-llama3", dialogues, TRUNK)
+    train(model, batches, TRUNK, work / "trunk.pt")
+    return model.state_dict()
+
+
+def train_branch(
+    name: str,
+    trunk: Any,
+    dialogues: list[Dialogue],
+    trained: dict[str, Any],
+    pieces: bytes,
+    work: Path,
+) -> Any:
+    """One model after its own phase, in fp32."""
+    from milm_ray.models.sentencepiece_fast import fast_tokenizer
+
+    model = start_branch(name, trunk, trained, pieces)
+    if name == "tiny-baichuan2":
+        tokenizer = fast_tokenizer(work / "tokenizer.model")
+    else:
+        llama3 = name == "tiny-llama3"
+        specials = tiny_tokenizers.LLAMA3_SPECIALS if llama3 else tiny_tokenizers.GLM4_SPECIALS
+        tokenizer = tiny_tokenizers.with_specials(trained, specials)
+    phase = BRANCHES[name]
+    batches = blocks(_wrapped(tokenizer), name, dialogues, phase)
+    train(model, batches, phase, work / f"{name}.pt")
+    return model
+
+
+def _wrapped(tokenizer: Any) -> Any:
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+def measure(name: str, directory: Path, work: Path, held_out: list[Dialogue]) -> dict[str, Any]:
+    """Figures of a finished model, read back from its files as the pipeline reads them."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from milm_ray.models.checkpoint import prepare_base
+
+    base = prepare_base(directory, out_dir=work / "bases")
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    evaluated = held_out[:EVALUATED]
+    per_token, per_character = held_out_perplexity(model, tokenizer, name, evaluated)
+    phase = BRANCHES[name]
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "trunk_tokens": TRUNK.steps * TRUNK.batch * TRUNK.length,
+        "own_tokens": phase.steps * phase.batch * phase.length,
+        "held_out_dialogues": len(evaluated),
+        "perplexity_per_token": round(per_token, 2),
+        "perplexity_per_character": round(per_character, 2),
+    }
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Make the tiny models: trunk, then each model's own phase, its files and its figures."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--corpus", type=Path, required=True, help="SmileChat: archive or folder")
+    parser.add_argument("--out", type=Path, required=True, help="one folder per model goes here")
+    parser.add_argument("--model", choices=sorted(BRANCHES), help="only this one (default: all)")
+    parser.add_argument("--work", type=Path, default=Path("pretrain-work"), help="checkpoints")
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args(arguments)
+
+    import torch
+
+    torch.set_num_threads(options.threads)
+    options.work.mkdir(parents=True, exist_ok=True)
+    training, held_out = read_smilechat(options.corpus)
+    trained, pieces = tokenizers(options.work, training)
+    trunk = train_trunk(training, trained, options.work)
+    for name in [options.model] if options.model else sorted(BRANCHES):
+        directory = options.out / name
+        model = train_branch(name, trunk, training, trained, pieces, options.work)
+        save(name, model, trained, pieces, directory)
+        figures = measure(name, directory, options.work, held_out)
+        (directory / FIGURES).write_text(json.dumps(figures, ensure_ascii=False, indent=2) + "\n")
+        print(name, json.dumps(figures, ensure_ascii=False), flush=True)
+
+
+if __name__ == "__main__":
+    main()

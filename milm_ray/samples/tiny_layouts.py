@@ -214,9 +214,7 @@ def save_glm(model: Any, tokenizer: Any, directory: Path) -> None:
         tokenizer.token_to_id(name) for name in ("<|endoftext|>", "<|user|>", "<|observation|>")
     ]
     model.config.eos_token_id, model.config.pad_token_id = stops, stops[0]
-    _save_native(
-        model, tokenizer, directory, {"eos_token_id": stops, "pad_token_id": stops[0]}
-    )
+    _save_native(model, tokenizer, directory, {"eos_token_id": stops, "pad_token_id": stops[0]})
     _write_json(
         directory / "tokenizer_config.json",
         {
