@@ -71,6 +71,12 @@ class IngestSection(Section):
     max_reject_rate: float = Field(
         0.5, ge=0, le=1, description="of a corpus, duplicates apart; above it the job fails"
     )
+    near_duplicates: Literal["report", "drop", "off"] = Field(
+        "report", description="list dialogues that are nearly an earlier one, or reject them too"
+    )
+    near_duplicate_similarity: float = Field(
+        0.8, gt=0.5, le=1, description="Jaccard similarity of five-character shingles, estimated"
+    )
 
 
 class LLMSection(Section):

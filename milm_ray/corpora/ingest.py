@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from milm_ray.config import Config
+from milm_ray.corpora.duplicates import Found, find_duplicates
 from milm_ray.corpora.files import Chunk, Listing, chunks, cut, list_location
 from milm_ray.corpora.parts import (
     DIALOGUES_DIR,
     REJECTS_DIR,
     REPAIRS_DIR,
     Part,
-    drop_duplicates,
     read_chunk,
 )
 from milm_ray.corpora.readers import READERS
@@ -77,9 +77,8 @@ def run(config: Config, workspace: Workspace) -> Mapping[str, Any]:
         for name, listing in listings.items()
         for chunk in chunks(listing, READERS[name], limits[name])
     ]
-    parts = sorted(_progress(_read_all(work, workspace)), key=lambda part: part.name)
-    duplicates = drop_duplicates(parts, workspace)
-    summary = _summary(listings, parts, duplicates)
+    parts = sorted(_progress(_read_all(work, config, workspace)), key=lambda part: part.name)
+    summary = _summary(listings, parts, *find_duplicates(parts, config.ingest, workspace))
     common: dict[str, Any] = {
         "stage": STAGE_NAME,
         "settings": config.ingest,
@@ -129,7 +128,7 @@ def _fingerprint(
     return workspace.fingerprint(config.ingest, raw)
 
 
-def _read_all(work: list[Chunk], workspace: Workspace) -> Iterator[Part]:
+def _read_all(work: list[Chunk], config: Config, workspace: Workspace) -> Iterator[Part]:
     """Every chunk read, in no particular order.
 
     chunks of files (1 row each) ─┐
@@ -140,8 +139,9 @@ def _read_all(work: list[Chunk], workspace: Workspace) -> Iterator[Part]:
     context = ray.data.DataContext.get_current().copy()
     # One segment per block: the default would gather 128 MB before any reader may start.
     context.target_max_block_size = 1 << 20
+    fixed = {"workspace": workspace, "sign": config.ingest.near_duplicates != "off"}
     with ray.data.DataContext.current(context):
-        dataset = _chunks(work).map(_read_row, fn_kwargs={"workspace": workspace})  # type: ignore[arg-type]
+        dataset = _chunks(work).map(_read_row, fn_kwargs=fixed)  # type: ignore[arg-type]
         for row in dataset.iter_rows():
             yield pickle.loads(row["part"])
 
@@ -170,8 +170,8 @@ def _cut_row(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield piece.row()
 
 
-def _read_row(row: dict[str, Any], workspace: Workspace) -> dict[str, Any]:
-    return {"part": pickle.dumps(read_chunk(Chunk.of(row), workspace))}
+def _read_row(row: dict[str, Any], workspace: Workspace, sign: bool) -> dict[str, Any]:
+    return {"part": pickle.dumps(read_chunk(Chunk.of(row), workspace, sign))}
 
 
 def _progress(parts: Iterable[Part]) -> Iterator[Part]:
@@ -190,7 +190,7 @@ def _progress(parts: Iterable[Part]) -> Iterator[Part]:
 
 
 def _summary(
-    listings: Mapping[str, Listing], parts: Iterable[Part], duplicates: Counter[str]
+    listings: Mapping[str, Listing], parts: Iterable[Part], rejected: Found, listed: Found
 ) -> dict[str, dict[str, Any]]:
     """Per corpus: files read and ignored, dialogues, rejects and repairs by reason."""
     summary: dict[str, dict[str, Any]] = {
@@ -198,9 +198,9 @@ def _summary(
             "title": READERS[name].title,
             "files": 0,
             "files_ignored": listing.ignored,
-            "dialogues": -duplicates[name],
-            "rejects": Counter({"duplicate": duplicates[name]} if duplicates[name] else {}),
-            "repairs": Counter(),
+            "dialogues": -rejected.get(name, Counter()).total(),
+            "rejects": Counter(rejected.get(name, {})),
+            "repairs": Counter(listed.get(name, {})),
         }
         for name, listing in listings.items()
     }
@@ -225,7 +225,8 @@ def _check_yield(
 ) -> None:
     """Raise UserError for a corpus of which too little could be used."""
     for name, entry in summary.items():
-        bad = entry["rejects"].total() - entry["rejects"]["duplicate"]
+        copies = entry["rejects"]["duplicate"] + entry["rejects"]["near_duplicate"]
+        bad = entry["rejects"].total() - copies
         if not entry["dialogues"] or bad > highest * (bad + entry["dialogues"]):
             reasons = ", ".join(f"{reason} {n:,}" for reason, n in entry["rejects"].items())
             raise UserError(

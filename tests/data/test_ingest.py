@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -166,6 +167,46 @@ def test_the_first_of_duplicates_is_kept_across_parts(
     assert manifest["counts"]["rejects"] == {"duplicate": 600}
     copies = pairs(workspace, "rejects/ingest", "source_id", "detail")
     assert copies[0] == ("1500", "the same turns as 0")
+
+
+@pytest.fixture
+def near_copies(tmp_path: Path) -> Path:
+    """Two dialogues, a near copy of the first and an exact copy of that."""
+    words = [chr(0x4E00 + 7 * n % 5000) for n in range(900)]
+    first, second = "".join(words[:400]), "".join(words[400:800])
+    near = smile(first + "另外的话", "好的")
+    return write(
+        tmp_path / "raw",
+        {
+            "0.json": smile(first, "好的"),
+            "1.json": smile(second, "嗯"),
+            "2.json": near,
+            "3.json": near,
+        },
+    )
+
+
+@pytest.mark.parametrize("mode", ["report", "drop", "off"])
+def test_near_duplicates_are_listed_or_rejected_as_configured(
+    tmp_path: Path, near_copies: Path, mode: str
+) -> None:
+    manifest, workspace = ingest(tmp_path / "ws", {"smilechat": near_copies}, near_duplicates=mode)
+    kept = [s for (s,) in pairs(workspace, "dialogues", "source_id")]
+    rejects = dict(pairs(workspace, "rejects/ingest", "source_id", "reason"))
+    if mode == "drop":
+        assert kept == ["0", "1"]
+        assert rejects == {"2": "near_duplicate", "3": "duplicate"}
+        assert manifest["counts"]["dialogues"] == 2
+    else:
+        assert kept == ["0", "1", "2"]
+        assert rejects == {"3": "duplicate"}
+    if mode == "report":
+        [(source_id, reason, detail)] = pairs(
+            workspace, "repairs/ingest", "source_id", "reason", "detail"
+        )
+        assert (source_id, reason) == ("2", "near_duplicate_kept")
+        assert re.fullmatch(r"similarity 0\.9\d to smilechat 0", detail)
+        assert manifest["counts"]["repairs"] == {"near_duplicate_kept": 1}
 
 
 def test_a_part_of_nothing_but_duplicates_disappears(tmp_path: Path) -> None:
