@@ -206,6 +206,54 @@ def summarise_group(codings: Sequence[Coding]) -> GroupSummary:
     )
 
 
+def dialogue_values(codings: Sequence[Coding]) -> dict[str, list[float | None]]:
+    """Per code, global score and summary score one value for each dialogue, None if undefined.
+
+    Coders of a dialogue are averaged first; dialogues stand in the order of their first coding.
+    Raises CodingError as `summarise_group` does.
+    """
+    _check_group(codings)
+    dialogues = _average_coders(codings)
+    scores = [summary_scores(d.counts, d.global_scores) for d in dialogues]
+    return {
+        **{c: [d.counts.get(c, 0) for d in dialogues] for c in CODE_NAMES},
+        **{g: [d.global_scores.get(g) for d in dialogues] for g in GLOBAL_NAMES},
+        **{m: [s[m] for s in scores] for m in MEASURES},
+    }
+
+
+def table_rows(summaries: Sequence[GroupSummary]) -> list[dict[str, Any]]:
+    """Group summaries as the rows of one long table, ready for a CSV file.
+
+    One row per group and variable: coder ("human" or "automatic"), kind (count, per round,
+    global score or summary score), n, mean, sd, median, q1, q3, pooled, and the standing of the
+    mean by the manual's thresholds where it sets any.
+    """
+    rows = []
+    for summary in summaries:
+        kinds = (
+            ("count", summary.counts),
+            ("count per round", summary.per_round),
+            ("global score", summary.global_scores),
+            ("summary score", summary.measures),
+        )
+        for kind, spreads in kinds:
+            for name, found in spreads.items():
+                is_measure = kind == "summary score"
+                rows.append(
+                    {
+                        "group": summary.group,
+                        "coder": "automatic" if summary.automatic else "human",
+                        "kind": kind,
+                        "variable": name,
+                        **found._asdict(),
+                        "pooled": summary.pooled.get(name) if is_measure else None,
+                        "standing": standing(name, found.mean) if is_measure else None,
+                    }
+                )
+    return rows
+
+
 def spread(values: Sequence[float | None]) -> Spread:
     """n, mean, sample standard deviation, median and quartiles of the values that are not None.
 

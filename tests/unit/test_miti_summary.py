@@ -7,10 +7,12 @@ from milm_ray.miti.summary import (
     MEASURES,
     Coding,
     CodingError,
+    dialogue_values,
     spread,
     standing,
     summarise_group,
     summary_scores,
+    table_rows,
     undefined_reasons,
 )
 
@@ -165,3 +167,25 @@ def test_codings_that_do_not_belong_together_are_refused(second, named):
         summarise_group([Coding("a", "x", "g", {}), second])
     with pytest.raises(CodingError, match="no codings"):
         summarise_group([])
+
+
+def test_the_table_marks_automatic_codings_and_gives_the_standing_of_means():
+    people = [Coding("a", "x", "real", COUNTS, GLOBALS, rounds=10)]
+    model = [Coding("a", "llm", "real", {"question": 1}, automatic=True)]
+    rows = table_rows([summarise_group(people), summarise_group(model)])
+    assert {(r["coder"], r["group"]) for r in rows} == {("human", "real"), ("automatic", "real")}
+    by_name = {(r["coder"], r["kind"], r["variable"]): r for r in rows}
+    relational = by_name["human", "summary score", "relational_global"]
+    assert (relational["mean"], relational["standing"], relational["n"]) == (4.0, "good", 1)
+    assert by_name["human", "summary score", "mia_ratio"]["pooled"] == 0.75
+    assert by_name["human", "count per round", "question"]["mean"] == 1.0
+    undefined = by_name["automatic", "summary score", "relational_global"]
+    assert (undefined["n"], undefined["mean"], undefined["standing"]) == (0, None, None)
+
+
+def test_values_of_dialogues_are_coders_means():
+    group = [Coding("a", "x", "g", {"question": 2}), Coding("a", "y", "g", {"question": 5})]
+    values = dialogue_values(group)
+    assert values["question"] == [3.5]
+    assert values["reflection_to_question"] == [0]
+    assert values["relational_global"] == [None]
