@@ -21,6 +21,7 @@ from milm_ray.errors import UserError
 
 DEFAULT_ADAPTER = "mi"
 CONFIG = "adapter_config.json"
+CHAT_FORMAT = "chat_template.jinja"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -81,7 +82,9 @@ class AdapterStore:
         if files is None or not any(weights in files for weights in WEIGHTS):
             return None
         stamp = "\n".join(
-            f"{key} {info.size} {info.mtime_ns}" for key, info in sorted(files.items())
+            f"{key} {info.size} {info.mtime_ns}"
+            for key, info in sorted(files.items())
+            if key in (CONFIG, CHAT_FORMAT, *WEIGHTS)
         )
         return Adapter(model, name, path, hashlib.sha256(stamp.encode()).hexdigest()[:12])
 

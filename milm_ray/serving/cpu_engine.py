@@ -75,7 +75,8 @@ class Worker(CPUWorker):
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         qualified = f"{GroupedLora.__module__}.{GroupedLora.__qualname__}"
-        type(current_platform).get_punica_wrapper = classmethod(lambda cls: qualified)
+        # vLLM looks the class up by this name when it loads a model; there is no option for it.
+        setattr(type(current_platform), "get_punica_wrapper", classmethod(lambda cls: qualified))  # noqa: B010
         super().load_model(*args, **kwargs)
 
 

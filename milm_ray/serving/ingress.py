@@ -83,7 +83,7 @@ async def _streamed(
     handle: DeploymentHandle, kind: str, body: dict[str, Any], adapter: Adapter | None
 ) -> Response:
     """The reply as server-sent events; an error before the first piece keeps its status."""
-    pieces = handle.options(stream=True).stream.remote(kind, body, adapter)
+    pieces: Any = handle.options(stream=True).stream.remote(kind, body, adapter)
     try:
         status, first = await anext(pieces)
     except StopAsyncIteration:

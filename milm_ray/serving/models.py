@@ -114,18 +114,17 @@ def build_app(args: AppArgs) -> Application:
     from milm_ray.serving.replica import ModelReplica
 
     models = {
-        model.name: serve.deployment(ModelReplica, **_options(model)).bind(  # type: ignore[union-attr]
+        model.name: serve.deployment(**_options(model))(ModelReplica).bind(
             model.model_dump(), args.adapters_root
         )
         for model in args.models
     }
     ingress = serve.deployment(
-        Ingress,
         name="ingress",
         num_replicas=args.ingress.replicas,
         ray_actor_options={"num_cpus": args.ingress.num_cpus},
         max_ongoing_requests=1_000_000,  # the models' own queues are what is bounded
-    )
+    )(Ingress)
     return ingress.bind(args.ingress.model_dump(), args.adapters_root, models)
 
 

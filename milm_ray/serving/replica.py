@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
-from milm_ray.serving.adapters import Adapter, AdapterStore
+from milm_ray.serving.adapters import CHAT_FORMAT, Adapter, AdapterStore
 from milm_ray.serving.errors import error_body
 from milm_ray.serving.models import ModelArgs
 
@@ -21,15 +21,18 @@ _GIB = 1 << 30
 class ModelReplica:
     """A Serve deployment of one base model and whatever adapters its requests name."""
 
-    async def __init__(self, model: dict[str, Any], adapters_root: str | None) -> None:
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, model: dict[str, Any], adapters_root: str | None
+    ) -> None:
         from ray.serve.llm import LLMConfig, LLMServer
 
         self._args = ModelArgs.model_validate(model)
         self._store = AdapterStore(adapters_root) if adapters_root is not None else None
         self._adapters: dict[str, _Loaded] = {}
         config = LLMConfig(**_llm_config(self._args, self._store is not None))
+        loader: Any = self._loader
         self._server = LLMServer.sync_init(
-            config, engine_cls=_engine_cls(self._args), model_downloader=self._loader
+            config, engine_cls=_engine_cls(self._args), model_downloader=loader
         )
         await self._server.start()
 
@@ -101,7 +104,7 @@ class _Loaded:
 
     @classmethod
     def read(cls, path: str) -> _Loaded:
-        template = Path(path, "chat_template.jinja")
+        template = Path(path, CHAT_FORMAT)
         generation = Path(path, "generation_config.json")
         stops = (
             json.loads(generation.read_text()).get("eos_token_id") if generation.exists() else None
@@ -159,6 +162,13 @@ def _llm_config(args: ModelArgs, adapters: bool) -> dict[str, Any]:
         "max_num_seqs": args.max_num_seqs,
         "enable_prefix_caching": True,
         "enable_prompt_tokens_details": True,  # cached tokens in every reply's usage
+        # What a request leaves out is plain sampling, whatever the checkpoint's authors preferred.
+        "override_generation_config": {
+            "temperature": 1.0,
+            "top_p": 1.0,
+            "top_k": 0,
+            "repetition_penalty": 1.0,
+        },
         "trust_request_chat_template": True,  # ours, from the adapter; the ingress admits no other
     }
     if args.kv_cache_gib is not None:

@@ -10,6 +10,7 @@ import urllib.request
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from milm_ray.errors import UserError
 from milm_ray.serving.models import AppArgs, build_app
@@ -111,8 +112,8 @@ def _port_of_running_serve() -> int | None:
         ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
     except ValueError:
         return None
-    details = serve.context._get_global_client().get_serve_details()
-    return int(details["http_options"]["port"])
+    client: Any = serve.context._get_global_client()
+    return int(client.get_serve_details()["http_options"]["port"])
 
 
 def _free_port() -> int:

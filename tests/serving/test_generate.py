@@ -1,0 +1,58 @@
+"""Batch prediction through real endpoints: whole, in order, resumable."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from milm_ray.llm.reply_store import ReplyStore
+from milm_ray.schema import PREDICTIONS
+from milm_ray.serving import predict as stage
+from tests.serving.conftest import Served, sample_rounds
+
+pytestmark = pytest.mark.slow
+
+
+def test_every_round_is_predicted_by_every_run_and_nothing_is_asked_twice(served: Served) -> None:
+    wanted = stage.runs(served.config, served.workspace, served.bases)
+    assert len(wanted) == 8  # two models, base and adapter, greedy and one seed
+    tally = write(served, wanted)
+    table = predictions(served)
+    assert table.schema.equals(PREDICTIONS)
+    keys = list(zip(*(table[name].to_pylist() for name in PREDICTIONS.names[:5]), strict=True))
+    assert len(keys) == len(set(keys)) == 4 * 6 * 8
+    assert [key[:2] for key in keys] == sorted(key[:2] for key in keys)
+    assert tally.counts()["rows"] == 4 * 6 * 8
+    assert tally.counts()["rejected"] == 0
+    replies = len(ReplyStore(served.workspace))
+
+    again = write(served, wanted)
+    assert predictions(served).equals(table)
+    assert len(ReplyStore(served.workspace)) == replies
+    assert again.by_run() == tally.by_run()
+
+
+def test_a_long_history_loses_its_oldest_rounds_and_is_counted(served: Served) -> None:
+    served.workspace.write_table(sample_rounds(1, 40), "long_rounds")
+    wanted = stage.runs(served.config, served.workspace, served.bases)[:1]
+    files = served.workspace.parquet_files("long_rounds")
+    tally = write(served, wanted, files)
+    rows = predictions(served).to_pylist()
+    assert tally.counts()["rejected"] == 0
+    assert rows[0]["dropped_rounds"] == 0
+    assert rows[-1]["dropped_rounds"] > 0
+    assert tally.counts()["prompts_shortened"] == sum(r["dropped_rounds"] > 0 for r in rows)
+    room = served.config.serve.max_model_len - served.config.generate.max_new_tokens
+    assert all(0 < row["prompt_tokens"] <= room for row in rows)
+
+
+def predictions(served: Served) -> pa.Table:
+    return pq.read_table(served.workspace.parquet_files(stage.ARTIFACT))
+
+
+def write(served: Served, wanted: list[stage.Run], rounds: Sequence[str] = ()) -> stage._Tally:
+    outcomes = stage.predict(served.config, served.workspace, wanted, served.url, rounds)
+    return stage._write(served.workspace, outcomes)
