@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import struct
 import time
 import zlib
@@ -21,6 +22,42 @@ CORPORA = ("cpsycound", "psydtcorpus", "smilechat")
 CLIENT = "我想少喝一点酒，可是每次聚会都停不下来<b>。"
 REFERENCE = "您想少喝一点，又不想扫朋友的兴。"
 SOURCE_REPLY = "你应该马上戒酒，喝酒对身体不好。"
+
+REPLIES = {"base": "多喝水。", "adapter": "您想少喝一点，朋友在场时最难。"}
+REJECT = schema.Reject("transcribe", "not_json", "cpsycound", "case_9", raw="好的，我来改写")
+TRANSCRIBED = {
+    "asked": 9,
+    "transcribed": 8,
+    "rejected": 1,
+    "repaired": 2,
+    "by_target_behavior": {"drinking": 7, "none": 1},
+}
+TEACHER = {
+    "llm": {"model": "teacher-1"},
+    "prompt": {"name": "mi_transcription.zh.md", "version": "0123456789ab"},
+    "usage": {
+        "replies": 11,
+        "prompt_tokens": 12_345,
+        "completion_tokens": 6_789,
+        "replies_with_unknown_tokens": 0,
+        "cost_usd": 1.25,
+        "replies_with_unknown_cost": 0,
+    },
+}
+TABLE_3 = {
+    "counting_rule": "characters per turn",
+    "rows": [
+        {
+            "set": name,
+            "dialogues": 4,
+            "rounds": 8,
+            "rounds_per_dialogue": 2.0,
+            "client_characters": 21.5,
+            "counselor_characters": 15.25,
+        }
+        for name in ("corpus cpsycound", "MI train", "MI test")
+    ],
+}
 
 
 def config_file(folder: Path) -> Path:
@@ -42,10 +79,17 @@ def build(folder: Path) -> tuple[Config, Workspace]:
     sources = [_dialogue(corpus, number) for corpus in CORPORA for number in range(4)]
     rewritten = [_rewritten(source) for source in sources if source.corpus != "smilechat"]
     table = pa.Table.from_pylist([d.row() for d in sources], schema.DIALOGUES)
-    _commit(ws, "dialogues", "ingest", table, corpora={name: _ingested(name) for name in CORPORA})
-    _commit(ws, "mi_dialogues", "transcribe", pa.Table.from_pylist(rewritten, schema.MI_DIALOGUES))
+    read = {name: _ingested(name) for name in CORPORA}
+    counts = {"dialogues": len(sources), "rejects": {"one_sided": 1}}
+    _commit(ws, "dialogues", "ingest", table, counts=counts, corpora=read)
+    table = pa.Table.from_pylist(rewritten, schema.MI_DIALOGUES)
+    _commit(ws, "mi_dialogues", "transcribe", table, counts=TRANSCRIBED, **TEACHER)
+    ws.write_table(pa.Table.from_pylist([REJECT.row()], schema.REJECTS), "rejects/transcribe")
+    ws.write_text(json.dumps(TABLE_3), "statistics", "table3.json")
+    _record(ws, "statistics", "split", {"train": 4, "test": 4})
     rounds = [row for dialogue in rewritten[:4] for row in _rounds(dialogue)]
-    _commit(ws, "test_rounds", "split", pa.Table.from_pylist(rounds, schema.ROUNDS))
+    table = pa.Table.from_pylist(rounds, schema.ROUNDS)
+    _commit(ws, "test_rounds", "split", table, counts={"rounds": len(rounds)})
     for model in MODELS:
         log = [
             {"model": model, "step": step, "epoch": step / 8, "loss": 3.0 - step / 10}
@@ -64,9 +108,6 @@ def build(folder: Path) -> tuple[Config, Workspace]:
     _commit(ws, "predictions", "generate", table)
     _score(config, ws, table)
     return config, ws
-
-
-REPLIES = {"base": "多喝水。", "adapter": "您想少喝一点，朋友在场时最难。"}
 
 
 def _score(config: Config, ws: Workspace, predictions: pa.Table) -> None:
@@ -140,15 +181,20 @@ def _commit(
     stage: str,
     table: pa.Table,
     name: str = "part-0.parquet",
+    counts: dict[str, Any] | None = None,
     **facts: Any,
 ) -> None:
     ws.write_table(table, artifact, name)
+    _record(ws, artifact, stage, counts or {"rows": table.num_rows}, **facts)
+
+
+def _record(ws: Workspace, artifact: str, stage: str, counts: dict[str, Any], **facts: Any) -> None:
     ws.commit(
         artifact,
         stage=stage,
         settings={},
         fingerprint={},
-        counts={"rows": table.num_rows},
+        counts=counts,
         started=time.time(),
         **facts,
     )

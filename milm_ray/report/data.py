@@ -125,64 +125,82 @@ def curation(ws: Workspace, found: Manifests) -> Section:
     selection = json.loads(ws.read_text("selection", "selection.json"))
     selected, corpora_ = selection["selected"], selection["corpora"]
     maxima = selection["maxima"]
+    titles = _titles(found)
     order = selection["rankings"][selection["scale"]]
     order += [corpus for corpus in corpora_ if corpus not in order]
-    rows = []
+    dimension_rows, total_rows = [], []
     for corpus in order:
         summary = corpora_[corpus]
         dimensions, totals = summary["dimensions"] or {}, summary["totals"] or {}
-        rows.append(
+        name = titles.get(corpus, corpus)
+        dimension_rows.append(
             [
-                corpus,
+                name,
+                "kept" if corpus in selected else "",
                 summary["n"],
                 summary["unscored"],
-                *(dimensions.get(name, {}).get("mean") for name in maxima["turn"]),
-                _estimate(totals.get("fraction", {})),
-                totals.get("turn", {}).get("mean"),
-                totals.get("dialogue", {}).get("mean"),
-                "selected" if corpus in selected else "",
+                *(dimensions.get(dimension, {}).get("mean") for dimension in maxima["turn"]),
             ]
         )
-    verdicts = Table(
+        placed: list[Any] = []
+        for scale, ranking in selection["rankings"].items():
+            placed += [
+                _estimate(totals.get(scale, {})),
+                ranking.index(corpus) + 1 if corpus in ranking else None,
+            ]
+        total_rows.append([name, *placed])
+    dimensions_table = Table(
         "figure2_verdicts",
         "Figure 2 as a table. Mean verdicts per corpus, best first",
         [
             Column("Corpus"),
+            Column("Kept"),
             Column("Scored", numeric=True),
             Column("Unscored", numeric=True),
             *(
-                Column(f"{name.capitalize()} / {maximum}", digits=2, numeric=True)
+                Column(f"{name.capitalize()}, of {maximum}", digits=2, numeric=True)
                 for name, maximum in maxima["turn"].items()
             ),
-            Column("Fraction, 95 %", digits=2, numeric=True, interval=True),
-            Column(f"Total / {sum(maxima['turn'].values())}", digits=2, numeric=True),
-            Column(f"Total / {sum(maxima['dialogue'].values())}", digits=2, numeric=True),
-            Column(""),
         ],
-        rows,
-        [
-            selection["note"],
-            "A reply of the judge that could not be read is unscored: it counts in no mean.",
-        ],
+        dimension_rows,
+        ["A reply of the judge that could not be read is unscored: it counts in no mean."],
     )
-    rankings = Table(
-        "curation_rankings",
-        "The order of the corpora on each scale",
-        [Column("Place", numeric=True), *(Column(scale) for scale in selection["rankings"])],
+    labels = {
+        "fraction": "Fraction",
+        "turn": f"Total of {sum(maxima['turn'].values())}",
+        "dialogue": f"Total of {sum(maxima['dialogue'].values())}",
+    }
+    totals_table = Table(
+        "curation_totals",
+        "Totals and places on each scale, with 95 % intervals",
         [
-            [place, *names]
-            for place, names in enumerate(zip(*selection["rankings"].values(), strict=True), 1)
+            Column("Corpus"),
+            *(
+                column
+                for scale in selection["rankings"]
+                for column in (
+                    Column(labels[scale], digits=2, numeric=True, interval=True),
+                    Column(f"Place by {scale}", numeric=True),
+                )
+            ),
         ],
-        [f"Used here: {selection['scale']}."],
+        total_rows,
+        [f"{selection['note']} Used to select: {selection['scale']}."],
     )
     figure = images(ws, "selection", {"figure2": "Figure 2. Quality of the corpora"})
     return Section(
         "curation",
         "Curation",
         "A seeded sample of each corpus, judged on four dimensions. The best corpora go on.",
-        [*figure, verdicts, rankings],
+        [*figure, dimensions_table, totals_table],
         source_list(found, "verdicts", "selection"),
     )
+
+
+def _titles(found: Manifests) -> dict[str, str]:
+    """Corpus → the name it is published under."""
+    corpora_ = found["dialogues"]["corpora"] if "dialogues" in found else {}
+    return {corpus: entry["title"] for corpus, entry in corpora_.items()}
 
 
 def _estimate(cell: Mapping[str, Any]) -> Estimate:
@@ -197,6 +215,7 @@ def transcription(ws: Workspace, found: Manifests) -> Section:
     manifest = found["mi_dialogues"]
     counts, spent = manifest["counts"], usage(manifest)
     table = ws.read_table("mi_dialogues")
+    silent = spent["replies"] == spent["replies_with_unknown_tokens"]
     facts = Facts(
         [
             ("Teacher", manifest["llm"]["model"]),
@@ -206,8 +225,8 @@ def transcription(ws: Workspace, found: Manifests) -> Section:
             ("Rejected", counts["rejected"]),
             ("Repaired by a second reply", counts["repaired"]),
             ("Replies", spent["replies"]),
-            ("Prompt tokens", spent["prompt_tokens"]),
-            ("Completion tokens", spent["completion_tokens"]),
+            ("Prompt tokens", None if silent else spent["prompt_tokens"]),
+            ("Completion tokens", None if silent else spent["completion_tokens"]),
             ("Replies of unknown tokens", spent["replies_with_unknown_tokens"]),
             ("Cost, USD", spent["cost_usd"]),
             ("Replies of unknown cost", spent["replies_with_unknown_cost"]),
@@ -216,15 +235,12 @@ def transcription(ws: Workspace, found: Manifests) -> Section:
     blocks: list[Any] = [facts, *_reject_table("transcribe", reject_counts(ws, "transcribe"))]
     behaviours = counts["by_target_behavior"]
     if behaviours:
-        blocks.append(
-            Table(
-                "target_behaviors",
-                "Target behaviours of the MI dialogues",
-                [Column("Behaviour"), Column("Dialogues", numeric=True)],
-                [[name.replace("_", " "), count] for name, count in behaviours.items()],
-                ["Found by keywords in what the client says; none: no keyword was met."],
-            )
-        )
+        blocks += [
+            Remark(
+                "Target behaviours of the MI dialogues, found by keywords in what the client says:"
+            ),
+            Facts([(name.replace("_", " "), count) for name, count in behaviours.items()]),
+        ]
     pair = _example_pair(ws, found, table)
     if pair:
         blocks.append(pair)
@@ -251,9 +267,10 @@ def _example_pair(ws: Workspace, found: Manifests, table: Any) -> Pair | None:
     if not source:
         return None
     behaviour = rewritten["target_behavior"].replace("_", " ")
+    corpus = _titles(found).get(rewritten["corpus"], rewritten["corpus"])
     about = f"; target behaviour: {behaviour}" if behaviour else ""
     return Pair(
-        f"{rewritten['corpus']} / {rewritten['source_id']} before and after transcription{about}",
+        f"{corpus}, {rewritten['source_id']}: before and after transcription{about}",
         _speech("Source", source[0]["turns"]),
         _speech("Transcribed", rewritten["turns"]),
     )

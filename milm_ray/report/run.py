@@ -85,7 +85,8 @@ def _children(ws: Workspace, folder: str) -> list[str]:
 def rows_of(place: str, manifest: Mapping[str, Any]) -> int | None:
     """How much an artifact holds, by the count that stands for it; None where it has none."""
     for artifact in ARTIFACTS:
-        if place == artifact.name or (place != artifact.folder and place.startswith(artifact.name)):
+        below = artifact.name.endswith("/") and place.startswith(artifact.name)
+        if below or place == artifact.name:
             return manifest["counts"].get(artifact.count)
     return None
 

@@ -91,8 +91,7 @@ def test_paper_stands_beside_each_model(built: tuple[Config, Workspace, str]) ->
     for row in paper.TABLE_1:
         assert row.source in text
     for note in paper.NOTES:
-        if note.section not in ("statistics",):
-            assert note.finding in text
+        assert note.finding in text
 
 
 def test_every_section_names_the_manifests_behind_it(built: tuple[Config, Workspace, str]) -> None:
@@ -146,6 +145,44 @@ def test_transcription_pair_shows_source_and_rewrite(built: tuple[Config, Worksp
     assert "Source, 3 rounds" in text
     assert "Transcribed, 2 rounds" in text
     assert report_sample.SOURCE_REPLY in text
+
+
+def test_transcription_says_what_it_cost_and_what_was_lost(
+    built: tuple[Config, Workspace, str],
+) -> None:
+    text = re.sub(r"\s+", " ", _Page(built[2]).text)
+    for shown in ("teacher-1", "12,345", "6,789", "1.25", "The corpus cpsycound"):
+        assert shown in text
+    assert "cpsycound not_json 1" in text
+
+
+def test_table_3_sets_the_paper_beside_the_same_set(
+    built: tuple[Config, Workspace, str],
+) -> None:
+    _, ws, _ = built
+    rows = list(csv.DictReader(io.StringIO(ws.read_text("report", "table3_statistics.csv"))))
+    assert [(row["Set"], row["Paper: rounds"]) for row in rows] == [
+        ("corpus cpsycound", "7.65"),
+        ("MI train", "7.97"),
+        ("MI test", "7.53"),
+    ]
+    assert rows[1]["Paper: client"] == ""
+
+
+def test_unknown_cost_is_not_shown_as_zero(tmp_path: Path) -> None:
+    config, ws = report_sample.build(tmp_path)
+    manifest = ws.manifest("mi_dialogues")
+    manifest["usage"] |= {
+        "prompt_tokens": 0,
+        "replies_with_unknown_tokens": 11,
+        "cost_usd": None,
+        "replies_with_unknown_cost": 11,
+    }
+    ws.write_text(json.dumps(manifest), "mi_dialogues", "manifest.json")
+    STAGE.run(config, ws)
+    text = re.sub(r"\s+", " ", _Page(ws.read_text("report", "index.html")).text)
+    assert "Prompt tokens –" in text
+    assert "Cost, USD –" in text
 
 
 def test_csv_keeps_full_precision_and_splits_intervals() -> None:
