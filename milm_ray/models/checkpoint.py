@@ -13,6 +13,8 @@ import json
 import os
 import shutil
 import uuid
+from collections.abc import Callable
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,9 @@ from milm_ray.models import registry
 
 MARKER = "milm_base.json"
 _LAYOUT_VERSION = 1
-_FILES = ("*.json", "*.model", "*.jinja", "LICENSE*", "*.txt", "*.safetensors", "*.bin")
+_SMALL = ("*.json", "*.model", "*.jinja", "LICENSE*", "*.txt")
+_SAFE, _PICKLED = "*.safetensors", "*.bin"
+_FILES = (*_SMALL, _SAFE, _PICKLED)
 _HASHED_WHOLE = 64 * 2**20
 
 
@@ -67,7 +71,7 @@ def prepare_base(
             _take_over(source, partial)
         _write_format(partial, format_name)
         _write_json(partial / MARKER, marker)
-        _publish(partial, target, marker)
+        _publish(partial, target, lambda: _is_prepared(target, marker))
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return target
@@ -106,7 +110,9 @@ def _fetch(
     repository = entry.hub_id if entry else name
     pin = revision or (entry.revision if entry else None)
     try:
-        found = snapshot_download(repository, revision=pin, allow_patterns=list(_FILES))
+        found = snapshot_download(repository, revision=pin, allow_patterns=[*_SMALL, _SAFE])
+        if not list(Path(found).glob(_SAFE)):
+            found = snapshot_download(repository, revision=pin, allow_patterns=[*_SMALL, _PICKLED])
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
             f"cannot get {repository} (revision {pin or 'main'}) from the hub: {error}",
@@ -116,22 +122,35 @@ def _fetch(
 
 
 def _copy_from_cloud(uri: str, out_dir: Path) -> Path:
-    """Copy a checkpoint from s3://, gs:// and the like beside the prepared ones."""
+    """Copy a checkpoint's files from s3://, gs:// and the like beside the prepared bases, once."""
     from pyarrow import fs
 
-    local = out_dir / ".sources" / hashlib.sha256(uri.encode()).hexdigest()[:16]
-    if not (local / "config.json").is_file():
-        partial = local.with_name(f"{local.name}.{uuid.uuid4().hex[:8]}.partial")
-        partial.mkdir(parents=True)
-        try:
-            fs.copy_files(uri, str(partial.resolve()))
-            partial.rename(local)
-        except (OSError, ValueError) as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise UserError(
-                f"cannot copy {uri}: {error}", "check the address and the storage credentials"
-            ) from error
+    try:
+        filesystem, root = fs.FileSystem.from_uri(uri)
+        listed = filesystem.get_file_info(fs.FileSelector(root))
+        wanted = [info for info in listed if info.is_file and _is_checkpoint_file(info.base_name)]
+        state = sorted((info.base_name, info.size, str(info.mtime_ns)) for info in wanted)
+        key = hashlib.sha256(json.dumps([uri, state]).encode()).hexdigest()[:16]
+        local = out_dir / ".sources" / key / Path(root).name
+        if not local.is_dir():
+            partial = local.with_name(f".{uuid.uuid4().hex[:8]}.partial")
+            partial.mkdir(parents=True)
+            for info in wanted:
+                with (
+                    filesystem.open_input_stream(info.path) as stream,
+                    (partial / info.base_name).open("wb") as copy,
+                ):
+                    shutil.copyfileobj(stream, copy, 2**24)
+            _publish(partial, local, lambda: local.is_dir())
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"cannot copy {uri}: {error}", "check the address and the storage credentials"
+        ) from error
     return local
+
+
+def _is_checkpoint_file(name: str) -> bool:
+    return any(fnmatch(name, pattern) for pattern in _FILES)
 
 
 def _fingerprint(source: Path, template: str) -> str:
@@ -160,15 +179,16 @@ def _is_prepared(target: Path, marker: dict[str, Any]) -> bool:
     return all(present.get(key) == marker[key] for key in ("layout", "chat_format", "fingerprint"))
 
 
-def _publish(partial: Path, target: Path, marker: dict[str, Any]) -> None:
-    """Rename into place; of two that prepare the same base at once, the first wins."""
-    old = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.old")
+def _publish(partial: Path, target: Path, is_done: Callable[[], bool]) -> None:
+    """Rename into place; of two that make the same directory at once, the first wins."""
     try:
         partial.rename(target)
         return
     except OSError:
-        if _is_prepared(target, marker):
+        if is_done():
+            shutil.rmtree(partial, ignore_errors=True)
             return
+    old = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.old")
     target.rename(old)
     partial.rename(target)
     shutil.rmtree(old, ignore_errors=True)
@@ -177,18 +197,20 @@ def _publish(partial: Path, target: Path, marker: dict[str, Any]) -> None:
 def _take_over(source: Path, target: Path) -> None:
     """Hard-link the weights where the file system allows it, copy the rest."""
     names = {path.name for pattern in _FILES for path in source.glob(pattern)}
-    if any(name.endswith(".safetensors") for name in names):
-        names = {name for name in names if not name.endswith(".bin")}
-    if not any(name.endswith((".safetensors", ".bin")) for name in names):
+    weights = {name for name in names if fnmatch(name, _SAFE)}
+    weights = weights or {name for name in names if fnmatch(name, _PICKLED)}
+    if not weights:
         raise UserError(f"{source} holds no weights", "give a complete checkpoint")
     for name in sorted(names):
         path = (source / name).resolve()
-        if name.endswith((".safetensors", ".bin")):
+        if name in weights:
             try:
                 os.link(path, target / name)
                 continue
             except OSError:
-                pass
+                pass  # another file system
+        elif fnmatch(name, _PICKLED):
+            continue
         shutil.copyfile(path, target / name)
 
 

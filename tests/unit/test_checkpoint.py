@@ -237,6 +237,19 @@ def test_nothing_is_redone_until_the_source_changes(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "bases").iterdir()] == ["source"]
 
 
+def test_a_cloud_address_is_copied_and_followed(tmp_path: Path) -> None:
+    source = write_original(tmp_path / "source", random_state())
+    base = prepare_base(source.as_uri(), out_dir=tmp_path / "bases")
+    assert base == tmp_path / "bases" / "source"
+    torch.save(random_state(seed=7), source / "pytorch_model.bin")
+    prepare_base(source.as_uri(), out_dir=tmp_path / "bases")
+    ids = torch.arange(8)
+    expected = original_logits(random_state(seed=7), ids)
+    torch.testing.assert_close(logits_of(base, ids), expected, rtol=1e-5, atol=2e-5)
+    with pytest.raises(UserError, match="cannot copy"):
+        prepare_base((tmp_path / "absent").as_uri(), out_dir=tmp_path / "bases")
+
+
 def test_a_failed_import_leaves_nothing(tmp_path: Path) -> None:
     state = random_state()
     state["model.layers.1.self_attn.W_pack.weight"] = torch.zeros(2 * HIDDEN, HIDDEN)
