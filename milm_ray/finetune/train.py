@@ -1,0 +1,148 @@
+"""The training loop of one model, as each worker runs it.
+
+Knows nothing of Ray: who the workers are, where checkpoints go and who listens is passed in.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from milm_ray.config import FinetuneSection
+from milm_ray.finetune.packing import Pack, collate, shares
+from milm_ray.finetune.samples import Sample, tokenise
+from milm_ray.finetune.schedule import Schedule
+
+ADAPTER_DIR = "adapter"
+STATE_DIR = "state"
+LOG_FILE = "log.json"
+
+# Called by every worker with the step and a function that writes a checkpoint into a directory.
+Save = Callable[[int, Callable[[Path], None]], None]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What to train: a prepared base checkpoint, its chat format, and the settings.
+
+    base: directory in the native transformers layout; identity: hub id or name of the base.
+    """
+
+    model: str
+    base: str
+    identity: str
+    chat_format: str
+    lora_targets: tuple[str, ...]
+    settings: FinetuneSection
+    seed: int
+
+
+@dataclass
+class Progress:
+    """How far a run is: optimizer steps done, log rows written (schema.TRAINING_LOG), and the
+    losses since the last row."""
+
+    step: int = 0
+    log: list[dict[str, Any]] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+
+
+def train(
+    task: Task,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    rank: int,
+    workers: int,
+    save: Save,
+    resume: Path | None = None,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Fine-tune to the end of the schedule; returns counts and the log (on every worker).
+
+    rows: schema.MI_DIALOGUES. resume: a checkpoint written by an earlier, interrupted run. Raises
+    engine.Diverged when the loss is not finite. The process group must be up.
+    """
+    from transformers import AutoTokenizer
+
+    from milm_ray.finetune.engine import (
+        load_state,
+        lora_model,
+        optimizer_step,
+        save_adapter,
+        save_state,
+        start_engine,
+    )
+
+    settings = task.settings
+    tokenizer = AutoTokenizer.from_pretrained(task.base)
+    data = tokenise(rows, tokenizer, task.chat_format, settings.cutoff, settings.unit)
+    schedule = Schedule(
+        samples=len(data.samples),
+        per_step=settings.batch_size * settings.gradient_accumulation * workers,
+        epochs=settings.epochs,
+        seed=task.seed,
+        learning_rate=settings.learning_rate,
+        kind=settings.schedule,
+        warmup_ratio=settings.warmup_ratio,
+    )
+    model = lora_model(task.base, settings, task.lora_targets, task.seed, task.identity)
+    engine = start_engine(model, settings)
+    progress = Progress()
+    if resume is not None:
+        state = load_state(engine, resume / STATE_DIR)
+        progress = Progress(**state["progress"])
+        if rank == 0:
+            say(f"resumes after step {progress.step} of {schedule.steps}")
+
+    def write(directory: Path) -> None:
+        save_state(engine, directory / STATE_DIR, {"progress": asdict(progress)})
+        save_adapter(engine, directory / ADAPTER_DIR)
+        if rank == 0:
+            text = json.dumps(progress.log, ensure_ascii=False)
+            (directory / LOG_FILE).write_text(text, encoding="utf-8")
+
+    tokens, since = 0, time.perf_counter()
+    for step in range(progress.step, schedule.steps):
+        chosen = [data.samples[index] for index in schedule.samples_of(step)]
+        packs = own_packs(chosen, rank, workers, settings.pack_tokens)
+        rate = schedule.learning_rate_at(step)
+        result = optimizer_step(engine, packs, sum(s.label_tokens for s in chosen), rate)
+        progress.step = step + 1
+        progress.losses.append(result.loss)
+        tokens += sum(len(s.input_ids) for s in chosen)
+        last = progress.step == schedule.steps
+        if step == 0 or last or progress.step % settings.logging_steps == 0:
+            row = {
+                "model": task.model,
+                "step": progress.step,
+                "epoch": schedule.epoch_after(step),
+                "loss": sum(progress.losses) / len(progress.losses),
+                "learning_rate": rate,
+                "grad_norm": result.grad_norm,
+                "tokens_per_s": tokens / (time.perf_counter() - since),
+            }
+            progress.log.append(row)
+            progress.losses = []
+            tokens, since = 0, time.perf_counter()
+            if rank == 0:
+                say(
+                    f"step {progress.step}/{schedule.steps}  epoch {row['epoch']:.2f}  "
+                    f"loss {row['loss']:.4f}  lr {rate:.2e}  grad norm {row['grad_norm']:.2f}  "
+                    f"{row['tokens_per_s']:,.0f} tokens/s"
+                )
+        if last or progress.step % settings.save_steps == 0:
+            save(progress.step, write)
+    return {"counts": {**data.counts(), "steps": schedule.steps}, "log": progress.log}
+
+
+def own_packs(samples: Sequence[Sample], rank: int, workers: int, pack_tokens: int) -> list[Pack]:
+    """This worker's packs of an optimizer step's samples (see packing.shares)."""
+    mine = shares([len(sample.input_ids) for sample in samples], workers, pack_tokens)[rank]
+    return [
+        collate([samples[i] for i in group]) if group else collate(samples[:1], with_loss=False)
+        for group in mine
+    ]

@@ -1,0 +1,216 @@
+"""One model's Ray Train run: its workers, its checkpoints, and what comes back."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from milm_ray.errors import UserError
+from milm_ray.finetune.train import Task, train
+from milm_ray.workspace import Workspace
+
+# Checkpoints that stay beside a finished run; the last one is the finished state.
+_KEPT = 2
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a base checkpoint comes from and where it is prepared (models.checkpoint)."""
+
+    name_or_path: str
+    revision: str | None
+    chat_format: str
+    directory: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """counts and log of a finished run, and the directory of its last checkpoint."""
+
+    counts: dict[str, Any]
+    log: list[dict[str, Any]]
+    checkpoint: Any
+
+
+def fit(task: Task, source: Source, workspace: str, table: str, run_name: str) -> Outcome:
+    """Train one model on the cluster; blocks until it is done.
+
+    workspace, table: where the rows of schema.MI_DIALOGUES are. run_name: directory under
+    checkpoints/; a run of the same name that was interrupted is taken up where it was.
+    Raises UserError for what a user can put right.
+    """
+    _quicken()
+    from ray.exceptions import RayError
+    from ray.train import (
+        CheckpointConfig,
+        FailureConfig,
+        LoggingConfig,
+        RunConfig,
+        ScalingConfig,
+    )
+    from ray.train.torch import TorchConfig
+    from ray.train.v2.api.exceptions import TrainingFailedError
+
+    settings = task.settings
+    gpus = settings.gpus_per_worker
+    resources = {"CPU": settings.cpus_per_worker} | ({"GPU": gpus} if gpus else {})
+    place = Workspace.open(workspace)
+    trainer = _trainer_class()(
+        _worker,
+        train_loop_config={
+            "task": task,
+            "source": source,
+            "workspace": workspace,
+            "table": table,
+        },
+        torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=settings.workers_per_model,
+            use_gpu=gpus > 0,
+            resources_per_worker=resources,
+        ),
+        run_config=RunConfig(
+            name=run_name,
+            storage_path=place.path("checkpoints"),
+            storage_filesystem=place.filesystem,
+            failure_config=FailureConfig(max_failures=settings.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=_KEPT),
+            logging_config=LoggingConfig(log_level="WARNING"),
+        ),
+    )
+    try:
+        result = trainer.fit()
+    except (TrainingFailedError, RayError) as error:
+        raise UserError(
+            f"fine-tuning {task.model} failed: {_root_cause(error)}",
+            "run the same command again; it goes on from the last checkpoint",
+        ) from error
+    value = result.return_value
+    if "cause" in value:
+        raise UserError(value["cause"], value["fix"])
+    return Outcome(value["counts"], value["log"], result.checkpoint)
+
+
+def _is_local() -> bool:
+    """Whether the cluster is the driver's own, which ends with it."""
+    return not os.environ.get("RAY_ADDRESS")
+
+
+def _quicken() -> None:
+    """Ray Train's switches, read when a run starts."""
+    # Three runs that import torch at once on a small machine can need more than its minute.
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "900")
+    if _is_local():
+        # One process less per model: nothing preempts a node of a local cluster.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+
+
+def _trainer_class() -> Any:
+    """TorchTrainer; on a local cluster without the actor that frees placement groups after the
+    driver's death: there the cluster dies with the driver, and the actor asks a dashboard that is
+    not running."""
+    from ray.train.torch import TorchTrainer
+
+    if not _is_local():
+        return TorchTrainer
+    from ray.train.v2._internal.callbacks.placement_group_callback import (
+        PlacementGroupCleanerCallback,
+    )
+
+    class LocalTrainer(TorchTrainer):
+        def _create_default_callbacks(self) -> list[Any]:
+            callbacks = super()._create_default_callbacks()
+            return [cb for cb in callbacks if not isinstance(cb, PlacementGroupCleanerCallback)]
+
+    return LocalTrainer
+
+
+def _root_cause(error: BaseException) -> str:
+    """The worker's own error, if the failure carries one; its last line says what happened."""
+    failures = getattr(error, "worker_failures", None)
+    inner = next(iter(failures.values())) if failures else error
+    lines = [line for line in str(inner).splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(inner).__name__
+
+
+def _worker(config: dict[str, Any]) -> dict[str, Any]:
+    """What each worker of a run does. Errors a user can act on are returned, not raised: Ray Train
+    would start the workers again, to the same end."""
+    import ray.train
+    import torch
+
+    from milm_ray.finetune.engine import Diverged
+
+    task: Task = config["task"]
+    torch.set_num_threads(max(1, int(task.settings.cpus_per_worker)))
+    if not torch.cuda.is_available():
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    context = ray.train.get_context()
+    rank = context.get_world_rank()
+    try:
+        base = _prepared(config["source"], context.get_local_rank())
+        rows = Workspace.open(config["workspace"]).read_table(config["table"]).to_pylist()
+        ready = replace(task, base=str(base))
+        checkpoint = ray.train.get_checkpoint()
+        run = _Run(ready, rows, rank, context.get_world_size())
+        if checkpoint is None:
+            return run(None)
+        with checkpoint.as_directory() as directory:
+            return run(Path(directory))
+    except UserError as error:
+        return {"cause": f"{task.model}: {error.cause}", "fix": error.fix}
+    except Diverged as error:
+        return {
+            "cause": f"{task.model}: {error.what} in the batch of {', '.join(error.names)}",
+            "fix": "look at these samples; lower finetune.learning_rate or raise "
+            "finetune.warmup_ratio",
+        }
+
+
+@dataclass(frozen=True)
+class _Run:
+    task: Task
+    rows: list[dict[str, Any]]
+    rank: int
+    workers: int
+
+    def __call__(self, resume: Path | None) -> dict[str, Any]:
+        return train(
+            self.task,
+            self.rows,
+            rank=self.rank,
+            workers=self.workers,
+            save=_report,
+            resume=resume,
+            say=lambda text: print(f"finetune {self.task.model} | {text}", flush=True),
+        )
+
+
+def _report(step: int, write: Callable[[Path], None]) -> None:
+    import ray.train
+
+    with tempfile.TemporaryDirectory() as directory:
+        write(Path(directory))
+        checkpoint = ray.train.Checkpoint.from_directory(directory)
+        ray.train.report({"step": step}, checkpoint=checkpoint)
+
+
+def _prepared(source: Source, local_rank: int) -> Path:
+    """The base in its native layout; one worker of a node prepares it, the others wait."""
+    from torch import distributed
+
+    from milm_ray.models.checkpoint import prepare_base
+
+    def prepare() -> Path:
+        return prepare_base(
+            source.name_or_path, source.revision, source.directory, source.chat_format
+        )
+
+    if local_rank == 0:
+        prepare()
+    distributed.barrier()
+    return prepare()
