@@ -21,6 +21,28 @@ from milm_ray.corpora.reading import (
 from milm_ray.schema import Role
 
 _ROLES: dict[str, Role] = {"owner": "client", "audience": "counselor"}
+# The codes of label.s1, the kind of trouble, as the corpus's page defines them.
+_TOPICS = {
+    "1.1": "学业烦恼、对未来规划的迷茫",
+    "1.2": "事业和工作烦恼",
+    "1.3": "家庭问题和矛盾",
+    "1.4": "物质滥用",
+    "1.5": "悲恸",
+    "1.6": "失眠",
+    "1.7": "压力",
+    "1.8": "人际关系",
+    "1.9": "情感关系问题",
+    "1.10": "离婚",
+    "1.11": "分手",
+    "1.12": "自我探索",
+    "1.13": "低自尊",
+    "1.14": "青春期问题",
+    "1.15": "强迫症",
+    "1.16": "其它",
+    "1.17": "LGBT",
+    "1.18": "性问题",
+    "1.19": "亲子关系",
+}
 
 
 def _parse(parsed: Parsed, text: str, limit: int | None) -> None:
@@ -29,8 +51,7 @@ def _parse(parsed: Parsed, text: str, limit: int | None) -> None:
         try:
             pairs, others = _thread(record)
             label = record.get("label")
-            # s1 is the code of the trouble's kind, the nearest thing to a topic.
-            topic = str(label.get("s1") or "") if isinstance(label, dict) else ""
+            topic = _TOPICS.get(str(label.get("s1")), "") if isinstance(label, dict) else ""
         except Unusable as error:
             parsed.reject(error.reason, source_id, f"record {number}: {error.detail}", str(record))
             continue

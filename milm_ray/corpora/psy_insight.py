@@ -35,7 +35,7 @@ def _parse(parsed: Parsed, text: str, limit: int | None) -> None:
 READER = Reader(
     "psy_insight",
     "Psy-Insight",
-    # The repository also holds an English half, en_data_*.json.
+    # The repository also holds an English half, en_data7.json.
     ("cn_data*.json", "cn_data*.json.gz", "*.json", "*.json.gz"),
     _parse,
     one_per_file=False,

@@ -302,7 +302,7 @@ def test_efaqa_owner_is_the_client_and_strangers_are_one_counselor() -> None:
         ("client", "嗯"),
         ("counselor", "丙"),
     ]
-    assert (parsed.dialogues[0].source_id, parsed.dialogues[0].topic) == ("m", "1.13")
+    assert (parsed.dialogues[0].source_id, parsed.dialogues[0].topic) == ("m", "低自尊")
 
 
 def test_efaqa_title_that_the_description_does_not_repeat_is_kept() -> None:
