@@ -29,7 +29,8 @@ from milm_ray.dataset.sampling import Row, Sample, corpora_in, sample
 from milm_ray.dataset.transcript import transcript
 from milm_ray.errors import UserError
 from milm_ray.job import Plan, Stage, finished, log
-from milm_ray.llm.ask import Answer, Asking
+from milm_ray.llm.ask import Asking
+from milm_ray.llm.exchange import Answer
 from milm_ray.llm.replies import Request, Subject
 from milm_ray.llm.reply_store import answered_by
 from milm_ray.prompts import load
@@ -41,6 +42,8 @@ PROMPT = "dialogue_quality.zh.md"
 
 class Judging:
     """One dialogue to one verdict."""
+
+    reply_tokens = 70
 
     def request(self, row: Row) -> Request:
         return Request(
@@ -81,20 +84,20 @@ def plan(config: Config, workspace: Workspace) -> Plan:
     """What judging would take: rows, calls not in the reply store, tokens, cost."""
     if not workspace.exists("dialogues", "manifest.json"):
         return Plan(notes=(f"judge: {config.judge.model}, prompt {PROMPT}",))
-    if workspace.is_done("verdicts", _fingerprint(config, workspace)):
+    if workspace.is_done("verdicts", _fingerprint(config, workspace)) and not _unasked(workspace):
         done = workspace.is_done("selection", _selection_fingerprint(config, workspace))
         return Plan(done=done)
     asking = _asking(config, workspace)
     rows = _sample(config, workspace, asking).rows
     missing = asking.missing(rows)
-    prompt, completion, cost = asking.estimate(missing)
+    prompt, completion, cost = asking.estimate(rows, missing)
     return Plan(len(rows), len(missing), prompt, completion, cost)
 
 
 def run(config: Config, workspace: Workspace) -> Mapping[str, Any]:
     """Judge, select, draw Figure 2; returns the manifest of the selection."""
     fingerprint = _fingerprint(config, workspace)
-    if not finished(workspace, "verdicts", fingerprint):
+    if not finished(workspace, "verdicts", fingerprint) or _unasked(workspace):
         _judge(config, workspace, fingerprint)
     fingerprint = _selection_fingerprint(config, workspace)
     if not finished(workspace, "selection", fingerprint):
@@ -109,6 +112,11 @@ def run(config: Config, workspace: Workspace) -> Mapping[str, Any]:
             "model, or raise curate.max_reject_rate",
         )
     return workspace.manifest("selection")
+
+
+def _unasked(workspace: Workspace) -> bool:
+    """Whether some dialogue is unscored only because the server never answered: ask again."""
+    return "no_reply" in workspace.manifest("verdicts")["counts"]["unscored_by_reason"]
 
 
 def _judge(config: Config, workspace: Workspace, fingerprint: Mapping[str, Any]) -> None:

@@ -20,8 +20,9 @@ from milm_ray.dataset.target import target_behavior
 from milm_ray.dataset.transcript import transcript
 from milm_ray.errors import UserError
 from milm_ray.job import Plan, Stage, finished, log
-from milm_ray.llm.ask import Answer, Asking, Unusable
+from milm_ray.llm.ask import Asking
 from milm_ray.llm.client import json_object
+from milm_ray.llm.exchange import Answer, Unusable
 from milm_ray.llm.replies import Request, Subject
 from milm_ray.llm.reply_store import answered_by
 from milm_ray.prompts import load
@@ -110,6 +111,8 @@ def parse_transcription(text: str, settings: TranscribeSection, source_rounds: i
 class Transcription:
     """One dialogue to one MI dialogue."""
 
+    reply_tokens = 980
+
     def __init__(self, settings: TranscribeSection) -> None:
         self._settings = settings
 
@@ -175,12 +178,12 @@ def plan(config: Config, workspace: Workspace) -> Plan:
     """What transcription would take: rows, calls not in the reply store, tokens, cost."""
     if not workspace.exists("selection", "manifest.json"):
         return Plan(notes=(f"teacher: {config.teacher.model}, prompt {PROMPT}",))
-    if workspace.is_done(ARTIFACT, _fingerprint(config, workspace)):
+    if workspace.is_done(ARTIFACT, _fingerprint(config, workspace)) and not _unasked(workspace):
         return Plan(done=True)
     asking = _asking(config, workspace)
     rows = _sample(config, workspace, asking).rows
     missing = asking.missing(rows)
-    prompt, completion, cost = asking.estimate(missing)
+    prompt, completion, cost = asking.estimate(rows, missing)
     return Plan(len(rows), len(missing), prompt, completion, cost)
 
 
@@ -190,7 +193,7 @@ def run(config: Config, workspace: Workspace) -> Mapping[str, Any]:
     Raises UserError, after everything is written, when more than `max_reject_rate` are rejected.
     """
     fingerprint = _fingerprint(config, workspace)
-    if not finished(workspace, ARTIFACT, fingerprint):
+    if not finished(workspace, ARTIFACT, fingerprint) or _unasked(workspace):
         _transcribe(config, workspace, fingerprint)
     manifest = workspace.manifest(ARTIFACT)
     counts = manifest["counts"]
@@ -203,6 +206,11 @@ def run(config: Config, workspace: Workspace) -> Mapping[str, Any]:
             "teacher, or raise transcribe.max_reject_rate to go on with the rest",
         )
     return manifest
+
+
+def _unasked(workspace: Workspace) -> bool:
+    """Whether some row was rejected only because the server never answered: ask again."""
+    return "no_reply" in workspace.manifest(ARTIFACT)["counts"]["rejected_by_reason"]
 
 
 def _transcribe(config: Config, workspace: Workspace, fingerprint: Mapping[str, Any]) -> None:

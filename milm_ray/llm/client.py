@@ -66,7 +66,7 @@ class LLMClient:
         self._format_works = False
         self._length_name = "max_tokens"
         self._bad_requests = 0
-        self._answered = False
+        self._last_answer = float("-inf")  # on the monotonic clock
         self._pending: list[tuple[Reply, asyncio.Future[None]]] = []
         self._flushing: asyncio.Task[None] | None = None
         self._asking: dict[str, asyncio.Task[Reply]] = {}
@@ -91,8 +91,13 @@ class LLMClient:
         if asking is None:
             asking = asyncio.ensure_future(self._ask_and_keep(key, request))
             self._asking[key] = asking
-            asking.add_done_callback(lambda _: self._asking.pop(key, None))
+            asking.add_done_callback(lambda _: self._asked(key))
         return await asyncio.shield(asking)
+
+    def _asked(self, key: str) -> None:
+        self._asking.pop(key, None)
+        if not self._asking:
+            self.store.release()
 
     async def _ask_and_keep(self, key: str, request: Request) -> Reply:
         reply = await self._ask(key, request)
@@ -103,20 +108,23 @@ class LLMClient:
         """Call until the server answers or the attempts are used up."""
         prompt_tokens = sum(estimate_tokens(message["content"]) for message in request.messages)
         ceiling = cost_of(self._price, prompt_tokens, self.settings.max_tokens) or 0.0
-        failure = ""
+        failure, halfway = "", 0.0
         for attempt in range(1, self.settings.max_attempts + 1):
+            self.store.prepare()
             lease = await self._gate.acquire(prompt_tokens + self.settings.max_tokens, ceiling)
             if lease is None:
                 raise BudgetReached
             used, cost = None, None
             started = time.monotonic()
+            if attempt == self.settings.max_attempts // 2 + 1:
+                halfway = started
             try:
                 completion = await self._call(request)
                 reply = self._reply(key, request, completion, attempt, time.monotonic() - started)
                 if reply.prompt_tokens is not None and reply.completion_tokens is not None:
                     used = reply.prompt_tokens + reply.completion_tokens
                 cost = reply.cost
-                self._answered = True
+                self._last_answer = time.monotonic()
                 return reply
             except Exception as error:
                 failure, pause = self._judge(error)
@@ -125,6 +133,14 @@ class LLMClient:
             if attempt < self.settings.max_attempts:
                 backoff = min(_LONGEST_PAUSE_S, 0.5 * 2 ** (attempt - 1))
                 await asyncio.sleep(pause + random.uniform(0.25, 1.0) * backoff)
+        if self._last_answer < halfway:
+            # Nobody got an answer while this row was tried again: the fault is not the row's.
+            raise UserError(
+                f"{self._where()} does not answer ({self.settings.max_attempts} attempts; "
+                f"the last: {failure})",
+                "check base_url and the server, then run the same command again; "
+                "replies received so far are kept",
+            )
         raise Rejected("no_reply", f"{self.settings.max_attempts} attempts; the last: {failure}")
 
     async def _call(self, request: Request) -> Any:
@@ -198,7 +214,7 @@ class LLMClient:
             if status in (401, 403, 404):
                 raise self._refused(status, text) from None
             self._bad_requests += 1
-            if not self._answered and self._bad_requests >= _BAD_REQUESTS_BEFORE_GIVING_UP:
+            if self._last_answer < 0 and self._bad_requests >= _BAD_REQUESTS_BEFORE_GIVING_UP:
                 raise self._refused(status, text) from None
             raise Rejected("bad_request", f"HTTP {status}: {text}") from None
         # Dropped and refused connections, timeouts, bodies that are not what the header promised.
@@ -225,8 +241,7 @@ class LLMClient:
 
     def _clean(self, text: str) -> str:
         """A server's message without the key and without line breaks."""
-        key = os.environ.get(self.settings.api_key_env)
-        if key:
+        if key := os.environ.get(self.settings.api_key_env):
             text = text.replace(key, "[key]")
         return " ".join(_KEY_LIKE.sub("[key]", text).split())[:300]
 
@@ -234,11 +249,11 @@ class LLMClient:
         if self._server is None:
             import openai
 
-            key = os.environ.get(self.settings.api_key_env)
+            key = _key(self.settings)
             if not key:
                 raise UserError(
                     f"the environment variable {self.settings.api_key_env} is not set",
-                    "export your API key in it (any text for a local server without keys)",
+                    "export your API key in it, or set api_key_env to '' for a server without keys",
                 )
             self._server = openai.AsyncOpenAI(
                 api_key=key,
@@ -268,6 +283,10 @@ class LLMClient:
                 for _, stored in batch:
                     stored.set_result(None)
         self._flushing = None
+
+
+def _key(settings: LLMSection) -> str | None:
+    return os.environ.get(settings.api_key_env) if settings.api_key_env else "none"
 
 
 class _Malformed(Exception):

@@ -118,15 +118,16 @@ class _RemoteGate:
         await self._actor.release.remote(lease, tokens, cost)
 
 
-def shared_limits(settings: LLMSection, spent: float = 0.0) -> tuple[Gate, Any]:
-    """The cluster's limits for one endpoint, and the actor that holds them (keep it referenced).
+def shared_limits(settings: LLMSection, spent: float = 0.0) -> Any:
+    """The actor that holds the cluster's limits for one endpoint; it lives while it is referenced.
 
-    Every call with the same settings reaches the same actor while one is alive.
+    Every call with the same settings reaches the same actor while one is alive. Hand it to the
+    asking processes, which use it through `reach_limits`.
     """
     import ray
 
     name = "milm_ray-limits-" + hashlib.sha256(settings.model_dump_json().encode()).hexdigest()[:16]
-    actor = (
+    return (
         ray.remote(Limits)
         .options(
             name=name,
@@ -139,7 +140,6 @@ def shared_limits(settings: LLMSection, spent: float = 0.0) -> tuple[Gate, Any]:
         )
         .remote(settings, spent)
     )
-    return _RemoteGate(actor), actor
 
 
 def reach_limits(actor: Any) -> Gate:

@@ -11,6 +11,8 @@ Recorded replies are read beside it: stores written elsewhere, or plain rows of
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import gzip
 import hashlib
 import json
@@ -30,6 +32,8 @@ from milm_ray.llm.replies import Reply, Subject, sampling
 from milm_ray.workspace import Workspace
 
 FOLDER = "replies"
+_RESERVE = ".reserve"
+_RESERVED_BYTES = 1 << 20
 _KEY_START = b'{"key": "'
 _KEY_END = len(_KEY_START) + 64
 
@@ -74,6 +78,8 @@ class ReplyStore:
         self._writer = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         self._objects = 0
         self._descriptor: int | None = None
+        self._reserve: int | None = None
+        self.full = ""  # why nothing more should be asked for
         self._lock = threading.Lock()
         self._sources: dict[str, _Source] = {}
         self._index: dict[bytes, tuple[_Source, int, int]] = {}
@@ -110,28 +116,57 @@ class ReplyStore:
     def put(self, replies: Sequence[Reply]) -> None:
         """Append replies durably: when this returns they survive a crash of the process or machine.
 
-        Raises UserError when the store cannot be written (disk full, unreachable).
+        On a full disk the space held back by `prepare` takes the replies that are under way, and
+        `full` says why no more should be asked for. Raises UserError when even that is not enough,
+        or the store cannot be reached.
         """
         data = b"".join(reply.line() for reply in replies)
         with self._lock:
             try:
                 path = self._append(data) if self._is_local else self._write_object(data)
             except OSError as error:
-                raise UserError(
-                    f"replies cannot be written to {self._workspace.path(FOLDER)}: {error}",
-                    "free space or repair the store and run the same command again; "
-                    "every reply written before is kept and not asked for again",
-                ) from error
+                raise self._unwritable(str(error)) from error
             source = self._sources.get(path)
             if source is None:
                 content = None if self._is_local else data
                 source = self._sources[path] = _Source(path, content)
             self._add_lines(source)
 
-    def close(self) -> None:
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
+    def prepare(self) -> None:
+        """Make sure that a reply could be kept, before it is asked and paid for.
+
+        Holds back some space on the disk until `release`, so that replies under way still fit when
+        it fills up. Raises UserError when the store cannot be written or is full.
+        """
+        if self.full:
+            raise self._unwritable(self.full)
+        if not self._is_local or self._reserve is not None:
+            return
+        folder = self._workspace.path(FOLDER)
+        try:
+            os.makedirs(folder, exist_ok=True)
+            _clear_reserves(folder)
+            path = f"{folder}/{self._writer}{_RESERVE}"
+            self._reserve = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            fcntl.flock(self._reserve, fcntl.LOCK_EX)
+            os.posix_fallocate(self._reserve, 0, _RESERVED_BYTES)
+        except OSError as error:
+            self.release()
+            raise self._unwritable(str(error)) from error
+
+    def release(self) -> None:
+        """Give the space held back by `prepare` free."""
+        if self._reserve is not None:
+            Path(self._workspace.path(FOLDER, f"{self._writer}{_RESERVE}")).unlink(missing_ok=True)
+            os.close(self._reserve)
+            self._reserve = None
+
+    def _unwritable(self, why: str) -> UserError:
+        return UserError(
+            f"replies cannot be written to {self._workspace.path(FOLDER)}: {why}",
+            "free space or repair the store and run the same command again; "
+            "every reply written before is kept and not asked for again",
+        )
 
     def _files(self) -> list[str]:
         selector = pafs.FileSelector(self._workspace.path(FOLDER), allow_not_found=True)
@@ -167,15 +202,14 @@ class ReplyStore:
             flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
             self._descriptor = os.open(path, flags, 0o644)
             _sync_folder(folder)
-        before = os.fstat(self._descriptor).st_size
         try:
-            written = 0
-            while written < len(data):
-                written += os.write(self._descriptor, data[written:])
-            os.fsync(self._descriptor)
-        except OSError:
-            os.ftruncate(self._descriptor, before)  # no half line ahead of later ones
-            raise
+            _append(self._descriptor, data)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT) or self.full:
+                raise
+            self.full = str(error)
+            self.release()
+            _append(self._descriptor, data)
         return path
 
     def _write_object(self, data: bytes) -> str:
@@ -256,6 +290,35 @@ def _not_recorded(path: Path, number: int) -> UserError:
         "each line is a JSON object with corpus, source_id, prompt and reply, "
         "or a line of another workspace's replies/",
     )
+
+
+def _clear_reserves(folder: str) -> None:
+    """Remove what killed writers held back; a living one has its file locked."""
+    for path in Path(folder).glob(f"*{_RESERVE}"):
+        try:
+            descriptor = os.open(path, os.O_RDWR)
+        except FileNotFoundError:
+            continue
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink(missing_ok=True)
+        except BlockingIOError:
+            pass
+        finally:
+            os.close(descriptor)
+
+
+def _append(descriptor: int, data: bytes) -> None:
+    """Write all of it and sync, or leave the file as it was."""
+    before = os.fstat(descriptor).st_size
+    try:
+        written = 0
+        while written < len(data):
+            written += os.write(descriptor, data[written:])
+        os.fsync(descriptor)
+    except OSError:
+        os.ftruncate(descriptor, before)  # no half line ahead of later ones
+        raise
 
 
 def _sync_folder(folder: str) -> None:

@@ -1,0 +1,128 @@
+"""The asking process: an actor of a Ray Data pipeline that keeps many calls in flight."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from milm_ray.config import LLMSection
+from milm_ray.errors import UserError
+from milm_ray.llm.client import BudgetReached, LLMClient, Rejected
+from milm_ray.llm.exchange import Answer, Row, Task, exchange
+from milm_ray.llm.limits import reach_limits
+from milm_ray.llm.reply_store import ReplyStore
+from milm_ray.workspace import Workspace
+
+OUTCOME = pa.schema(
+    {
+        "number": pa.int64(),
+        "outcome": pa.string(),  # answered | rejected | failed | stopped
+        "reason": pa.string(),
+        "detail": pa.string(),
+        "tokens": pa.int64(),
+        "cost": pa.float64(),
+    }
+)
+
+
+class Secrets:
+    """The key and the address on their way to the asking processes; shows nothing of itself."""
+
+    __slots__ = ("_values",)
+
+    def __init__(self, settings: LLMSection) -> None:
+        names = (settings.api_key_env, "OPENAI_BASE_URL")
+        self._values = {name: os.environ[name] for name in names if name in os.environ}
+
+    def __repr__(self) -> str:
+        return "<secrets>"
+
+    def install(self) -> None:
+        os.environ.update(self._values)
+
+
+class Asker:
+    """All rows of all its blocks at once, as far as the shared limits allow.
+
+    In: number, row (see `blocks`). Out, 1:1: OUTCOME. A reply that came is in the store by then.
+    """
+
+    def __init__(
+        self, settings: LLMSection, workspace: Workspace, task: Task, limits: Any, secrets: Secrets
+    ) -> None:
+        secrets.install()
+        self._task = task
+        self._store = ReplyStore(workspace, settings.recorded)
+        self._client = LLMClient(settings, self._store, reach_limits(limits))
+        self._stopped: UserError | None = None
+
+    async def __call__(self, batch: pa.Table) -> Any:
+        # After a crash another process's block may come here: its replies are not asked for again.
+        await asyncio.to_thread(self._store.refresh)
+        numbers = batch.column("number").to_pylist()
+        rows = [json.loads(packed) for packed in batch.column("row").to_pylist()]
+        outcomes = await asyncio.gather(*map(self._outcome, numbers, rows))
+        yield pa.Table.from_pylist(outcomes, schema=OUTCOME)
+
+    async def _outcome(self, number: int, row: Row) -> Row:
+        outcome: Row = {"number": number, "outcome": "stopped", "tokens": 0, "cost": None}
+        try:
+            if self._stopped is not None:
+                raise self._stopped
+            answer = await self._answer(row)
+        except Rejected as error:
+            return {**outcome, "outcome": "failed", "reason": error.reason, "detail": error.detail}
+        except UserError as error:
+            self._stopped = error
+            return {**outcome, "reason": error.cause, "detail": error.fix}
+        for reply in answer.replies:
+            outcome["tokens"] += (reply.prompt_tokens or 0) + (reply.completion_tokens or 0)
+            if reply.cost is not None:
+                outcome["cost"] = (outcome["cost"] or 0.0) + reply.cost
+        outcome["outcome"] = "answered" if answer.ok else "rejected"
+        return {**outcome, "reason": answer.reason, "detail": answer.detail}
+
+    async def _answer(self, row: Row) -> Answer:
+        steps = exchange(self._task, row)
+        request = next(steps)
+        while True:
+            try:
+                reply = await self._client.complete(request)
+            except BudgetReached:
+                limit = self._client.settings.max_cost
+                raise UserError(
+                    f"max_cost of ${limit:,.2f} is reached; the replies so far are kept",
+                    "raise max_cost and run the same command again to go on",
+                ) from None
+            try:
+                request = steps.send(reply)
+            except StopIteration as end:
+                return end.value
+
+
+def blocks(rows: Mapping[int, Row], size: int) -> list[pa.Table]:
+    """Rows by number, packed into tables of `size` rows for the asking processes."""
+    numbers = list(rows)
+    return [_block(rows, numbers[start : start + size]) for start in range(0, len(numbers), size)]
+
+
+def _block(rows: Mapping[int, Row], numbers: Sequence[int]) -> pa.Table:
+    packed = [json.dumps(rows[number], ensure_ascii=False).encode() for number in numbers]
+    return pa.table({"number": pa.array(numbers, pa.int64()), "row": pa.array(packed, pa.binary())})
+
+
+def shape(rows: int, concurrency: int) -> tuple[int, int, int]:
+    """Rows per block, blocks in flight per actor, actors: at least twice what may be in flight.
+
+    Small blocks, many of them at once: no call waits for the slowest of a batch. One event loop
+    serves some hundred calls a second, so more actors only at a high concurrency.
+    """
+    actors = max(1, min(concurrency // 256 + 1, rows))
+    size = max(1, min(8, concurrency // 4))
+    per_actor = -(-2 * concurrency // (size * actors)) + 1
+    return size, per_actor, actors

@@ -1,0 +1,221 @@
+"""The client against a real server in another process that misbehaves on purpose."""
+
+import asyncio
+import itertools
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from milm_ray.config import LLMSection
+from milm_ray.errors import UserError
+from milm_ray.llm.client import BudgetReached, LLMClient, Rejected, json_object
+from milm_ray.llm.limits import Limits
+from milm_ray.llm.replies import Reply, Request
+from milm_ray.llm.reply_store import ReplyStore
+from milm_ray.workspace import Workspace
+from tests.llm_server_process import KEY, ServerProcess
+
+Start = Callable[..., tuple[LLMClient, ServerProcess]]
+
+
+@pytest.fixture
+def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
+    """A server with these faults and a client of it; `settings` go to the client."""
+    monkeypatch.setenv("TEST_LLM_KEY", KEY)
+    servers: list[ServerProcess] = []
+
+    def begin(
+        settings: dict[str, Any] | None = None, **faults: Any
+    ) -> tuple[LLMClient, ServerProcess]:
+        server = ServerProcess(tmp_path / f"log-{len(servers)}.jsonl", **faults)
+        servers.append(server)
+        known = {"model": "m", "base_url": server.url, "api_key_env": "TEST_LLM_KEY"}
+        section = LLMSection.model_validate(known | (settings or {}))
+        return LLMClient(section, ReplyStore(Workspace.open(str(tmp_path / "ws")))), server
+
+    yield begin
+    for server in servers:
+        server.kill()
+
+
+def question(number: int, schema: bool = False) -> Request:
+    messages = [
+        {"role": "system", "content": "comprehensiveness"},
+        {"role": "user", "content": f"对话{number}"},
+    ]
+    return Request(messages, schema={"type": "object"} if schema else None)
+
+
+def ask(client: LLMClient, *numbers: int, schema: bool = False) -> list[Reply | BaseException]:
+    async def all_of_them() -> list[Reply | BaseException]:
+        tasks = (client.complete(question(n, schema)) for n in numbers)
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+    return asyncio.run(all_of_them())
+
+
+def test_a_reply_is_stored_with_its_facts_and_asked_for_once(start: Start) -> None:
+    client, server = start({"prompt_price": 10.0, "completion_price": 20.0})
+    (first,) = ask(client, 1)
+    assert isinstance(first, Reply)
+    assert client.recall(question(1)) == first
+    assert ask(client, 1, 1) == [first, first]
+    assert len(server.events("asked")) == 1
+    (answered,) = server.events("answered")
+    assert first.prompt_tokens == answered["prompt_tokens"]
+    assert first.cost == pytest.approx(
+        (10 * answered["prompt_tokens"] + 20 * answered["completion_tokens"]) / 1e6
+    )
+    assert first.latency_s is not None
+    assert first.time > 0
+
+
+def test_the_same_question_in_flight_is_asked_once(start: Start) -> None:
+    client, server = start(latency=0.2)
+    first, second = ask(client, 5, 5)
+    assert first == second
+    assert len(server.events("asked")) == 1
+
+
+def test_every_row_is_answered_by_a_server_that_fails_often(start: Start) -> None:
+    client, server = start(
+        {"max_attempts": 12}, rate_limited=0.3, failing=0.1, cut=0.05, latency=0.01
+    )
+    replies = ask(client, *range(40))
+    assert all(isinstance(reply, Reply) for reply in replies)
+    assert {event["status"] for event in server.events("failed")} == {429, 500, 0}
+    # A reply that was cut is the only one that may be answered twice.
+    assert len(server.events("answered")) == 40
+    assert any(reply.attempts > 1 for reply in replies if isinstance(reply, Reply))
+
+
+def test_retry_after_is_honoured(start: Start) -> None:
+    client, server = start({"max_attempts": 12}, rate_limited=0.6, retry_after=1.5, latency=0)
+    ask(client, *range(6))
+    by_question: dict[str, list[dict[str, Any]]] = {}
+    for event in server.events():
+        by_question.setdefault(event["question"], []).append(event)
+    pauses = [
+        later["at"] - earlier["at"]
+        for events in by_question.values()
+        for earlier, later in itertools.pairwise(events)
+        if earlier["event"] == "failed"
+    ]
+    assert pauses
+    assert min(pauses) >= 1.5
+
+
+def test_concurrency_holds(start: Start) -> None:
+    client, server = start({"concurrency": 3}, latency=0.05, concurrency=3)
+    assert all(isinstance(reply, Reply) for reply in ask(client, *range(20)))
+    assert max(event["in_flight"] for event in server.events("asked")) == 3
+    assert server.events("failed") == []
+
+
+def test_a_wrong_key_stops_at_once_and_is_not_shown(
+    start: Start, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    client, server = start()
+    monkeypatch.setenv("TEST_LLM_KEY", "sk-secret-0123456789")
+    with caplog.at_level(logging.DEBUG):
+        (error,) = ask(client, 1)
+    assert isinstance(error, UserError)
+    assert "TEST_LLM_KEY" in error.fix
+    assert "401" in error.cause
+    assert "secret" not in f"{error}{error!r}{caplog.text}"
+    assert server.events("asked") == []
+
+
+def test_a_missing_key_is_named(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    client, _ = start()
+    monkeypatch.delenv("TEST_LLM_KEY")
+    (error,) = ask(client, 1)
+    assert isinstance(error, UserError)
+    assert "TEST_LLM_KEY is not set" in error.cause
+
+
+def test_a_server_without_structured_output_is_asked_without(start: Start) -> None:
+    client, server = start({"concurrency": 1}, no_schema=True)
+    replies = ask(client, 1, 2, 3, schema=True)
+    assert all(isinstance(reply, Reply) for reply in replies)
+    assert len(server.events("refused")) == 2  # by schema, then any JSON; then it is known
+
+
+def test_a_server_that_is_gone_stops_the_job_instead_of_rejecting_rows(start: Start) -> None:
+    client, server = start({"max_attempts": 2})
+    assert isinstance(ask(client, 1)[0], Reply)
+    server.kill()
+    (error,) = ask(LLMClient(client.settings, client.store), 2)
+    assert isinstance(error, UserError)
+    assert "does not answer" in error.cause
+    assert client.recall(question(1)) is not None
+
+
+def test_a_row_that_always_fails_is_rejected_while_others_are_answered(start: Start) -> None:
+    client, _ = start({"max_attempts": 3, "concurrency": 50}, failing=0.7, latency=0.3, jitter=0.3)
+    replies = ask(client, *range(50))
+    rejected = [reply for reply in replies if isinstance(reply, Rejected)]
+    assert rejected
+    assert rejected[0].reason == "no_reply"
+    assert "HTTP 500" in rejected[0].detail
+
+
+def test_the_budget_is_never_exceeded_and_a_higher_one_goes_on(
+    start: Start, tmp_path: Path
+) -> None:
+    prices = {"prompt_price": 1000.0, "completion_price": 1000.0, "max_tokens": 200}
+    client, server = start({**prices, "max_cost": 1.0}, latency=0.01)
+    replies = ask(client, *range(30))
+    done = [reply for reply in replies if isinstance(reply, Reply)]
+    assert any(isinstance(reply, BudgetReached) for reply in replies)
+    spent = sum(reply.cost or 0 for reply in done)
+    assert 0.5 < spent <= 1.0
+    more = LLMClient(client.settings.model_copy(update={"max_cost": 50.0}), client.store)
+    assert all(isinstance(reply, Reply) for reply in ask(more, *range(30)))
+    assert len(server.events("answered")) == 30
+
+
+def test_offline_a_miss_is_an_error_that_names_it(tmp_path: Path) -> None:
+    store = ReplyStore(Workspace.open(str(tmp_path)))
+    client = LLMClient(LLMSection(offline=True), store)
+    (error,) = ask(client, 1)
+    assert isinstance(error, UserError)
+    assert "recorded:" in error.fix
+
+
+def test_requests_per_minute_and_tokens_per_minute_hold() -> None:
+    async def granted(settings: LLMSection, tokens: int) -> int:
+        limits, number = Limits(settings), 0
+        for _ in range(20):
+            try:
+                lease = await asyncio.wait_for(limits.acquire(tokens, 0.0), 0.05)
+            except TimeoutError:
+                break
+            assert lease is not None
+            await limits.release(lease, tokens, None)
+            number += 1
+        return number
+
+    assert asyncio.run(granted(LLMSection(requests_per_minute=7), 10)) == 7
+    assert asyncio.run(granted(LLMSection(tokens_per_minute=100), 30)) == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ('{"a": 1}', {"a": 1}),
+        ('```json\n{"a": 1}\n```', {"a": 1}),
+        ('<think>{"a": 2}</think>\n{"a": 1}', {"a": 1}),
+    ],
+)
+def test_a_json_object_is_read_bare_fenced_or_after_reasoning(text: str, value: object) -> None:
+    assert json_object(text) == value
+
+
+@pytest.mark.parametrize("text", ["", "[1]", '好的：{"a": 1}', '{"a": 1', '{"a": 1} 完', "null"])
+def test_anything_else_is_not_a_json_object(text: str) -> None:
+    with pytest.raises(ValueError, match=r"."):
+        json_object(text)
