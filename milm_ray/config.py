@@ -84,7 +84,9 @@ class LLMSection(Section):
 
     model: str = "gpt-4"
     base_url: str | None = Field(None, description="None: OPENAI_BASE_URL or api.openai.com")
-    api_key_env: str = "OPENAI_API_KEY"
+    api_key_env: str = Field(
+        "OPENAI_API_KEY", description="the variable that holds the key; '': the server needs none"
+    )
     offline: bool = Field(
         False, description="answer from recorded replies only; a miss is an error"
     )
