@@ -101,11 +101,15 @@ def build(folder: Path) -> tuple[Config, Workspace]:
             "finetune",
             pa.Table.from_pylist(log, schema.TRAINING_LOG),
             "training_log.parquet",
+            settings={"finetune": config.finetune.model_dump(mode="json")},
+            base=f"tiny/{model}",
+            name=f"{model}-mi",
         )
     ws.write_bytes(png(), "adapters", "loss_curves.png")
     predictions = [_prediction(row, m, v) for row in rounds for m in MODELS for v in REPLIES]
     table = pa.Table.from_pylist(predictions, schema.PREDICTIONS)
-    _commit(ws, "predictions", "generate", table)
+    runs = {f"{m}/{v}/greedy": _run(len(rounds)) for m in MODELS for v in REPLIES}
+    _commit(ws, "predictions", "generate", table, runs=runs)
     _score(config, ws, table)
     return config, ws
 
@@ -116,6 +120,18 @@ def _score(config: Config, ws: Workspace, predictions: pa.Table) -> None:
     scores = score_predictions(predictions, ws.read_table("test_rounds"))
     made_from = ws.fingerprint({}, ws.input_digests(*score.INPUTS))
     score.record(config, ws, scores, made_from, time.time())
+
+
+def _run(rounds: int) -> dict[str, int]:
+    return {
+        "predictions": rounds,
+        "empty": 0,
+        "cut_at_max_new_tokens": 1,
+        "prompts_shortened": 0,
+        "dropped_rounds": 0,
+        "prompt_tokens": 500,
+        "completion_tokens": 77,
+    }
 
 
 def _ingested(corpus: str) -> dict[str, Any]:
@@ -180,11 +196,11 @@ def _commit(
     artifact: str,
     stage: str,
     table: pa.Table,
-    name: str = "part-0.parquet",
+    file: str = "part-0.parquet",
     counts: dict[str, Any] | None = None,
     **facts: Any,
 ) -> None:
-    ws.write_table(table, artifact, name)
+    ws.write_table(table, artifact, file)
     _record(ws, artifact, stage, counts or {"rows": table.num_rows}, **facts)
 
 
@@ -192,7 +208,7 @@ def _record(ws: Workspace, artifact: str, stage: str, counts: dict[str, Any], **
     ws.commit(
         artifact,
         stage=stage,
-        settings={},
+        settings=facts.pop("settings", {}),
         fingerprint={},
         counts=counts,
         started=time.time(),

@@ -16,7 +16,6 @@ from milm_ray.report.blocks import (
     Column,
     Estimate,
     Example,
-    Facts,
     Remark,
     Reply,
     Section,
@@ -81,7 +80,9 @@ def finetune(config: Config, ws: Workspace, found: Manifests) -> Section:
         log = _training_log(ws, place)
         rows.append(
             [
-                model_label(config, place.removeprefix("adapters/")),
+                place.removeprefix("adapters/"),
+                found[place].get("base"),
+                found[place].get("name"),
                 max(log["step"], default=None),
                 max(log["epoch"], default=None),
                 log["loss"][0] if log["loss"] else None,
@@ -95,6 +96,8 @@ def finetune(config: Config, ws: Workspace, found: Manifests) -> Section:
         "Training of the three adapters",
         [
             Column("Model"),
+            Column("Base"),
+            Column("Adapter"),
             Column("Steps", numeric=True),
             Column("Epochs", digits=2, numeric=True),
             Column("First loss", digits=3, numeric=True),
@@ -105,27 +108,31 @@ def finetune(config: Config, ws: Workspace, found: Manifests) -> Section:
         rows,
         ["Losses are those logged first and last, per label token of the counselor's turns."],
     )
-    tuning = config.finetune
-    facts = Facts(
-        [
-            ("Learning rate", f"{tuning.learning_rate:g}, {tuning.schedule}"),
-            ("Warm-up", f"{tuning.warmup_ratio:g} of the steps"),
-            ("Batch", f"{tuning.batch_size} × {tuning.gradient_accumulation} accumulated"),
-            ("Epochs", f"{tuning.epochs:g}"),
-            ("Precision", tuning.precision),
-            ("Cutoff", f"{tuning.cutoff:,} tokens"),
-            ("LoRA", f"rank {tuning.lora.rank}, alpha {tuning.lora.alpha}"),
-            ("DeepSpeed", f"ZeRO {tuning.zero_stage}"),
-        ]
-    )
     curves = images(ws, "adapters", {"loss_curves": "Training loss of the three models"})
     return Section(
         "finetune",
         "Fine-tuning",
         "Low-rank adapters on the three base models, trained at the same time on the same "
         "dialogues, with loss on every counselor turn.",
-        [facts, table, *curves, *remarks("finetune")],
+        [*curves, table, _settings_table(found[adapters[0]]), *remarks("finetune")],
         source_list(found, "adapters", "adapters/"),
+    )
+
+
+def _settings_table(manifest: Mapping[str, Any]) -> Table:
+    """The settings that an adapter was trained with, as its manifest has them."""
+    tuned = manifest["settings"]["finetune"]
+    flat = {**tuned, **{f"lora.{key}": value for key, value in tuned["lora"].items()}}
+    rows = [
+        [label, f"{flat[key]:g}" if isinstance(flat[key], float) else str(flat[key]), stated]
+        for key, (label, stated) in paper.FINETUNE.items()
+    ]
+    return Table(
+        "finetune_settings",
+        "Settings of this run and of the paper",
+        [Column("Setting"), Column("Here", numeric=True), Column("Paper", numeric=True)],
+        rows,
+        ["A dash: the paper does not state it."],
     )
 
 
@@ -250,7 +257,7 @@ def examples(config: Config, ws: Workspace, found: Manifests) -> Section:
     for row in predictions.to_pylist():
         said[row["dialogue_id"], row["round_index"]][row["model"], row["variant"]] = row["text"]
 
-    blocks = []
+    blocks: list[Any] = [_replies_table(found["predictions"])]
     for row in _spread(ws, set(said)):
         key = (row["dialogue_id"], row["round_index"])
         replies = [
@@ -278,6 +285,32 @@ def examples(config: Config, ws: Workspace, found: Manifests) -> Section:
         "Rounds taken at even distances through the test set, not chosen for how they read.",
         blocks,
         source_list(found, "predictions", "test_rounds"),
+    )
+
+
+def _replies_table(manifest: Mapping[str, Any]) -> Table:
+    """How many replies each run gave, and how many were empty, cut or asked with less history."""
+    keys = ("predictions", "empty", "cut_at_max_new_tokens", "prompts_shortened")
+    rows = [
+        [*run.split("/"), *(counts[key] for key in keys), counts["completion_tokens"]]
+        for run, counts in manifest["runs"].items()
+    ]
+    return Table(
+        "predictions",
+        "Replies by model, variant and decoding",
+        [
+            Column("Model"),
+            Column("Variant"),
+            Column("Decoding"),
+            Column("Replies", numeric=True),
+            Column("Empty", numeric=True),
+            Column("Cut at the limit", numeric=True),
+            Column("Prompt shortened", numeric=True),
+            Column("Tokens written", numeric=True),
+        ],
+        rows,
+        ["A prompt too long for the model loses its oldest rounds, never the newest client turn."],
+        grouped=True,
     )
 
 

@@ -104,6 +104,25 @@ TEST_ROUNDS = 367
 BLEU_4 = {"baichuan2": (2.10, 5.84), "glm4": (1.77, 6.47), "llama3": (2.39, 5.79)}
 
 
+# Fine-tuning settings by configuration key; None: the paper does not state it.
+FINETUNE: dict[str, tuple[str, str | None]] = {
+    "learning_rate": ("Learning rate", "0.0001"),
+    "schedule": ("Schedule", "cosine"),
+    "warmup_ratio": ("Warm-up, share of the steps", "0.1"),
+    "batch_size": ("Batch per device", "1"),
+    "gradient_accumulation": ("Gradient accumulation", "8"),
+    "epochs": ("Epochs", "3"),
+    "precision": ("Precision", "bf16"),
+    "unit": ("Sample", None),
+    "cutoff": ("Cutoff, tokens", None),
+    "lora.rank": ("LoRA rank", None),
+    "lora.alpha": ("LoRA alpha", None),
+    "lora.dropout": ("LoRA dropout", None),
+    "zero_stage": ("DeepSpeed ZeRO stage", None),
+    "workers_per_model": ("Workers per model", None),
+}
+
+
 @dataclass(frozen=True)
 class Note:
     """Something the paper leaves out or contradicts, and what this run does about it."""
