@@ -21,11 +21,13 @@ _SPACE = "▁"
 def fast_tokenizer(path: Path) -> Tokenizer:
     """The fast tokenizer of a tokenizer.model file.
 
-    Ids equal SentencePiece's own for any text without control pieces; `<s>` and the like are
-    special tokens here, while SentencePiece reads them as text. UserError if it is no BPE model.
+    Ids equal SentencePiece's own, with two exceptions. `<s>` and the like are special tokens here,
+    while SentencePiece reads them as text. Where the model puts a space before a text or strips
+    spaces, the stretches between special tokens are texts of their own, as in Baichuan2's own chat
+    code, which encodes the turns one by one. UserError if it is no BPE model.
     """
     from sentencepiece import sentencepiece_model_pb2
-    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
 
     proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
     proto.ParseFromString(path.read_bytes())
@@ -49,9 +51,10 @@ def fast_tokenizer(path: Path) -> Tokenizer:
     if spec.precompiled_charsmap:
         steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
     if spec.remove_extra_whitespaces:
-        from tokenizers import Regex
-
-        steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
+        steps += [
+            normalizers.Replace(Regex("^ +| +$"), ""),
+            normalizers.Replace(Regex(" +"), " "),
+        ]
     if spec.add_dummy_prefix:
         steps.append(normalizers.Prepend(" "))
     steps.append(normalizers.Replace(" ", _SPACE))
