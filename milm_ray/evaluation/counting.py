@@ -268,7 +268,7 @@ def pair_counts(text, offsets, starts, stops, word_counts, refs, hyps, out):
         hyp = np.empty(n_h, np.int64)
         table = np.full(_table_size(n_r + n_h), -1, np.int64)
         first = np.empty(n_r + n_h, np.int64)
-        n_ref = _word_ids(text, starts, stops, offsets[r], n_r, ref, table, first, 0)
+        n_ref = _word_ids(text, starts, stops, offsets[r], n_r, ref, table, first, np.int64(0))
         n_ids = _word_ids(text, starts, stops, offsets[h], n_h, hyp, table, first, n_ref)
         _unigram_sets(ref, hyp, n_ref, n_ids, out[k, 4:7])
         _bigram_sets(ref, hyp, out[k, 7:10])

@@ -234,7 +234,7 @@ def _cut_block(text, a, b, lexicon, score, jump, ends, n):
         score[k - a] = best
         jump[k - a] = to + 1
     x = a
-    pending = -1
+    pending = np.int64(-1)  # typed, lest numba compile its callees once more for a literal
     while x < b:
         y = jump[x - a]
         if y - x == 1:
@@ -243,7 +243,7 @@ def _cut_block(text, a, b, lexicon, score, jump, ends, n):
         else:
             if pending >= 0:
                 n = _flush(text, pending, x, keys, nodes, is_word, start, trans, emit, ends, n)
-                pending = -1
+                pending = np.int64(-1)
             ends[n] = y
             n += 1
         x = y
@@ -255,7 +255,7 @@ def _cut_block(text, a, b, lexicon, score, jump, ends, n):
 @compiled
 def _cut(text, a, b, lexicon, score, jump, ends):
     """Tokens of text[a:b] as jieba.cut gives them; `ends` gets each token's end. -> count"""
-    n = 0
+    n = np.int64(0)
     i = a
     while i < b:
         if _in_block(text[i]):
