@@ -142,6 +142,16 @@ class SplitSection(Section):
     test_dialogues: int = Field(40, ge=1, description="paper: 40 of 2,040")
 
 
+class AugmentSection(Section):
+    """Copies of training dialogues, after the split (the paper's future work). Off by default."""
+
+    synonyms: int = Field(0, ge=0, description="copies of each dialogue with words replaced")
+    synonym_rate: float = Field(
+        0.3, gt=0, le=1, description="chance of a word that has synonyms to be replaced"
+    )
+    paraphrases: int = Field(0, ge=0, description="copies reworded by the teacher")
+
+
 class ModelSection(Section):
     path: Annotated[str, _input_path("models")] | None = Field(
         None, description="checkpoint directory; None: the hub id of `hub_id`"
@@ -228,6 +238,7 @@ class Config(Section):
     teacher: LLMSection = LLMSection()
     transcribe: TranscribeSection = TranscribeSection()
     split: SplitSection = SplitSection()
+    augment: AugmentSection = AugmentSection()
     models: dict[ModelName, ModelSection] = Field(default_factory=dict)
     finetune: FinetuneSection = FinetuneSection()
     serve: ServeSection = ServeSection()
