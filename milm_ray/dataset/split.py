@@ -10,6 +10,7 @@ import json
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
@@ -17,13 +18,15 @@ import pyarrow.dataset as pads
 
 from milm_ray.config import Config
 from milm_ray.dataset import export
+from milm_ray.dataset.augment import augment, paraphrasing_plan
 from milm_ray.dataset.rounds import rounds
 from milm_ray.dataset.sampling import Row, rank
 from milm_ray.dataset.statistics import COUNTING_RULE, table_row
 from milm_ray.errors import UserError
 from milm_ray.job import Plan, Stage, finished
+from milm_ray.llm.reply_store import answered_by
 from milm_ray.models.messages import INSTRUCTION
-from milm_ray.schema import MI_DIALOGUES, ROUNDS
+from milm_ray.schema import MI_DIALOGUES, ROUNDS, TURN
 from milm_ray.workspace import Workspace
 
 ARTIFACTS = ("train", "test", "test_rounds", "llamafactory", "statistics")
@@ -81,6 +84,10 @@ def _group_rank(rows: Sequence[Row], group: Sequence[int], seed: int) -> str:
 
 def _fingerprint(config: Config, workspace: Workspace) -> dict[str, Any]:
     settings = {"seed": config.seed, **config.split.model_dump(), "instruction": INSTRUCTION}
+    if config.augment.synonyms or config.augment.paraphrases:
+        settings["augment"] = config.augment.model_dump()
+    if config.augment.paraphrases:
+        settings["teacher"] = answered_by(config.teacher)
     return workspace.fingerprint(settings, workspace.input_digests("mi_dialogues"))
 
 
@@ -90,7 +97,12 @@ def plan(config: Config, workspace: Workspace) -> Plan:
         return Plan()
     fingerprint = _fingerprint(config, workspace)
     done = all(workspace.is_done(artifact, fingerprint) for artifact in ARTIFACTS)
-    return Plan(workspace.manifest("mi_dialogues")["counts"]["transcribed"], done=done)
+    number = workspace.manifest("mi_dialogues")["counts"]["transcribed"]
+    if done or not config.augment.paraphrases:
+        return Plan(number, done=done)
+    rows = workspace.read_table("mi_dialogues").to_pylist()
+    train, _ = split(rows, config.split.test_dialogues, config.seed)
+    return replace(paraphrasing_plan(config, workspace, train), rows=number)
 
 
 def run(config: Config, workspace: Workspace) -> Mapping[str, Any]:
@@ -103,6 +115,7 @@ def run(config: Config, workspace: Workspace) -> Mapping[str, Any]:
     rows = workspace.read_table("mi_dialogues").to_pylist()
     train, test = split(rows, config.split.test_dialogues, config.seed)
     test_rounds = [row for dialogue in test for row in rounds(dialogue)]
+    added = augment(config, workspace, train)
 
     def commit(artifact: str, counts: Mapping[str, Any], **facts: Any) -> Mapping[str, Any]:
         return workspace.commit(
@@ -119,14 +132,22 @@ def run(config: Config, workspace: Workspace) -> Mapping[str, Any]:
         workspace.clear(artifact)
     for artifact, part in (("train", train), ("test", test)):
         workspace.write_table(pa.Table.from_pylist(part, schema=MI_DIALOGUES), artifact)
-        commit(artifact, {"dialogues": len(part)})
+    if added.rows:
+        more = pa.Table.from_pylist(added.rows, schema=MI_DIALOGUES)
+        workspace.write_table(more, "train", "part-1-augmented.parquet")
+    counts = {"dialogues": len(train), "augmented": len(added.rows)}
+    commit("train", {**counts, "left_out": added.left_out}, usage=added.usage)
+    commit("test", {"dialogues": len(test)})
     workspace.write_table(pa.Table.from_pylist(test_rounds, schema=ROUNDS), "test_rounds")
     commit("test_rounds", {"rounds": len(test_rounds)}, instruction=INSTRUCTION)
-    for name, records in export.files(train, test).items():
+    for name, records in export.files([*train, *added.rows], test).items():
         workspace.write_text(_json(records), "llamafactory", name)
-    commit("llamafactory", {"train_dialogues": len(train), "test_rounds": len(test_rounds)})
-    table = _table3(workspace, rows)
-    assert table["rows"][-1]["rounds"] == len(test_rounds)
+    commit(
+        "llamafactory", {"train_dialogues": sum(counts.values()), "test_rounds": len(test_rounds)}
+    )
+    table = _table3(workspace, rows, train, test)
+    if added.rows:
+        table["rows"].append(_row("MI train with copies", [*train, *added.rows]))
     workspace.write_text(_json(table), "statistics", "table3.json")
     return commit(
         "statistics",
@@ -135,7 +156,9 @@ def run(config: Config, workspace: Workspace) -> Mapping[str, Any]:
     )
 
 
-def _table3(workspace: Workspace, mi_rows: Sequence[Row]) -> dict[str, Any]:
+def _table3(
+    workspace: Workspace, mi_rows: Sequence[Row], train: Sequence[Row], test: Sequence[Row]
+) -> dict[str, Any]:
     """Table 3: each source corpus whole, the dialogues transcribed, their MI form, train, test."""
     dialogues = pads.dataset(
         workspace.parquet_files("dialogues"), filesystem=workspace.filesystem, format="parquet"
@@ -150,13 +173,13 @@ def _table3(workspace: Workspace, mi_rows: Sequence[Row]) -> dict[str, Any]:
         table_row(name, (b["turns"] for b in dialogues.to_batches(["turns"], filter=condition)))
         for name, condition in conditions.items()
     ]
-    for name, artifact in (
-        ("MI dialogues", "mi_dialogues"),
-        ("MI train", "train"),
-        ("MI test", "test"),
-    ):
-        rows.append(table_row(name, [workspace.read_table(artifact, ["turns"])["turns"]]))
+    sets = {"MI dialogues": mi_rows, "MI train": train, "MI test": test}
+    rows += [_row(name, part) for name, part in sets.items()]
     return {"counting_rule": COUNTING_RULE, "rows": rows}
+
+
+def _row(name: str, rows: Sequence[Row]) -> dict[str, Any]:
+    return table_row(name, [pa.array([row["turns"] for row in rows], pa.list_(TURN))])
 
 
 def _json(value: Any) -> str:

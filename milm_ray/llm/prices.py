@@ -1,4 +1,4 @@
-"""What tokens cost, with the day each price was looked up. A model that is not here has no price.
+"""What tokens cost, with the month each price was read. A model that is not here has no price.
 
 Prices change and providers differ: `prompt_price` and `completion_price` of the configuration come
 first, and an unknown price stays unknown rather than zero.
@@ -6,36 +6,37 @@ first, and an unknown price stays unknown rather than zero.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 from milm_ray.config import LLMSection
 
 
 @dataclass(frozen=True)
 class Price:
-    """USD per million tokens; `checked` is the day on which the list price was read."""
+    """USD per million tokens; `as_of` is the month in which the list price was read."""
 
     prompt: float
     completion: float
-    checked: str
+    as_of: str
 
     def cost(self, prompt_tokens: int, completion_tokens: int) -> float:
         """USD for so many tokens."""
         return (prompt_tokens * self.prompt + completion_tokens * self.completion) / 1e6
 
 
-# Public list prices without discounts for caching or batches.
+# OpenAI's public list, without discounts for caching or batches.
 PRICES: dict[str, Price] = {
-    "gpt-4": Price(30.0, 60.0, "2024-08-06"),
-    "gpt-4-0613": Price(30.0, 60.0, "2024-08-06"),
-    "gpt-4-turbo": Price(10.0, 30.0, "2024-08-06"),
-    "gpt-4-turbo-2024-04-09": Price(10.0, 30.0, "2024-08-06"),
-    "gpt-4o": Price(2.5, 10.0, "2024-12-01"),
-    "gpt-4o-2024-08-06": Price(2.5, 10.0, "2024-12-01"),
-    "gpt-4o-mini": Price(0.15, 0.60, "2024-12-01"),
-    "gpt-4o-mini-2024-07-18": Price(0.15, 0.60, "2024-12-01"),
-    "gpt-4.1": Price(2.0, 8.0, "2025-05-01"),
-    "gpt-4.1-mini": Price(0.40, 1.60, "2025-05-01"),
+    "gpt-4": Price(30.0, 60.0, "2024-08"),
+    "gpt-4-0613": Price(30.0, 60.0, "2024-08"),
+    "gpt-4-turbo": Price(10.0, 30.0, "2024-08"),
+    "gpt-4o": Price(2.5, 10.0, "2026-04"),
+    "gpt-4o-mini": Price(0.15, 0.60, "2026-04"),
+    "gpt-4.1": Price(2.0, 8.0, "2026-04"),
+    "gpt-4.1-mini": Price(0.40, 1.60, "2026-04"),
+    "gpt-5": Price(1.25, 10.0, "2026-03"),
+    "gpt-5-mini": Price(0.25, 2.0, "2026-03"),
 }
 
 
@@ -43,8 +44,11 @@ def price_of(settings: LLMSection) -> Price | None:
     """The price of the configured model: as configured, else as listed, else None."""
     if settings.prompt_price is not None and settings.completion_price is not None:
         return Price(settings.prompt_price, settings.completion_price, "configuration")
-    # A list price is the model's own provider's; another endpoint may charge anything.
-    return PRICES.get(settings.model) if settings.base_url is None else None
+    # The list is the provider's own; the same name at another address may cost anything.
+    address = settings.base_url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com"
+    if settings.offline or urlsplit(address).hostname != "api.openai.com":
+        return None
+    return PRICES.get(settings.model)
 
 
 def cost_of(
