@@ -1,0 +1,142 @@
+"""A packed step is the plain step: same loss, same gradients, against transformers' own forward."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from milm_ray.finetune.packing import bins, collate
+from milm_ray.finetune.samples import Sample
+from milm_ray.finetune.step import PackedLoss, pack_loss, use_packed_attention
+from milm_ray.models.chat_format import IGNORE_INDEX
+
+VOCAB = 97
+
+
+def llama():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCAB,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+        )
+    )
+
+
+def glm():
+    from transformers import GlmConfig, GlmForCausalLM
+
+    return GlmForCausalLM(
+        GlmConfig(
+            vocab_size=VOCAB,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            pad_token_id=0,
+        )
+    )
+
+
+def samples(count=8, seed=3):
+    draw = random.Random(seed)
+    made = []
+    for number in range(count):
+        length = draw.randrange(5, 60)
+        ids = [draw.randrange(VOCAB) for _ in range(length)]
+        labels = [i if draw.random() < 0.5 else IGNORE_INDEX for i in ids]
+        labels[-1] = ids[-1]
+        made.append(Sample(f"s{number}", ids, labels))
+    return made
+
+
+def with_lora(model, targets):
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(5)
+    tuned = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=targets))
+    for name, parameter in tuned.named_parameters():
+        if "lora_B" in name:  # zero at first, which would hide errors in A's gradient
+            torch.nn.init.normal_(parameter, std=0.05)
+    return tuned
+
+
+def gradients(model):
+    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("build", "targets"),
+    [
+        (llama, ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]),
+        (glm, ["q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"]),
+    ],
+)
+@pytest.mark.parametrize("capacity", [10**6, 100])
+def test_packed_gradients_equal_batch_1_accumulation_8(build, targets, capacity):
+    torch.manual_seed(0)
+    model = with_lora(build(), targets)
+    data = samples()
+    total = sum(sample.label_tokens for sample in data)
+
+    # transformers' Trainer: one sample per forward pass, full logits, its num_items_in_batch loss.
+    plain = 0.0
+    for sample in data:
+        loss = model(
+            input_ids=torch.tensor([sample.input_ids]),
+            labels=torch.tensor([sample.labels]),
+            num_items_in_batch=total,
+        ).loss
+        loss.backward()
+        plain += loss.item()
+    expected = gradients(model)
+
+    use_packed_attention(model)
+    module = PackedLoss(model)
+    packed = 0.0
+    for group in bins([len(sample.input_ids) for sample in data], capacity):
+        loss = pack_loss(module, collate([data[i] for i in group])) / total
+        loss.backward()
+        packed += loss.item()
+    found = gradients(model)
+
+    assert packed == pytest.approx(plain, rel=1e-5)
+    assert expected.keys() == found.keys()
+    assert len(expected) == 2 * 2 * len(targets)
+    for name, gradient in expected.items():
+        difference = (found[name] - gradient).norm() / gradient.norm()
+        assert difference < 1e-5, name
+
+
+def test_a_sample_does_not_see_its_neighbours():
+    torch.manual_seed(0)
+    model = llama().eval()
+    use_packed_attention(model)
+    module = PackedLoss(model)
+    data = samples(3)
+    alone = pack_loss(module, collate([data[1]])).item()
+    changed = [Sample("x", [1] * 40, [IGNORE_INDEX] * 40), data[1], data[2]]
+    others = pack_loss(module, collate([data[2]])).item()
+    assert pack_loss(module, collate(changed)).item() == pytest.approx(alone + others, rel=1e-5)
+
+
+def test_a_row_without_loss_gives_zero_gradients_for_every_parameter():
+    torch.manual_seed(0)
+    model = with_lora(llama(), ["q_proj", "down_proj"])
+    use_packed_attention(model)
+    loss = pack_loss(PackedLoss(model), collate(samples(1), with_loss=False))
+    loss.backward()
+    assert loss.item() == 0.0
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    assert all(p.grad is not None and not p.grad.any() for p in trainable)
