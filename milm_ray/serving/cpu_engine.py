@@ -8,11 +8,14 @@ gone. `Worker` puts it in place; `worker_cls` is vLLM's own option for that.
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
 from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+from vllm.model_executor.models.registry import ModelRegistry
 from vllm.platforms import current_platform
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 from vllm.v1.worker.cpu_worker import CPUWorker
@@ -87,7 +90,27 @@ class CpuEngine(VLLMEngine):
     replica's environment it would only import everything once more (about 10 s and 0.8 GiB).
     """
 
+    async def start(self) -> None:
+        _import_architectures(self.llm_config.get_engine_config().actual_hf_model_id)
+        await super().start()
+
     def _start_async_llm_engine(self, args: Any, config: Any, placement_group: Any) -> Any:
         if config.parallel_config.world_size == 1:
             config.parallel_config.distributed_executor_backend = UniProcExecutor
         return super()._start_async_llm_engine(args, config, placement_group)
+
+
+def _import_architectures(checkpoint: str) -> None:
+    """Import a checkpoint's model class here, so that vLLM need not ask another process about it.
+
+    For the sake of CUDA vLLM inspects a class it has not seen in a process of its own, which costs
+    one more import of everything for each engine on a new machine.
+    """
+    config = Path(checkpoint, "config.json")
+    if not config.is_file():
+        return
+    for name in json.loads(config.read_text(encoding="utf-8")).get("architectures") or []:
+        if name in ModelRegistry.models:
+            model_cls = ModelRegistry.models[name].load_model_cls()
+            for known_as in {name, model_cls.__name__}:
+                ModelRegistry.register_model(known_as, model_cls)

@@ -4,16 +4,17 @@
 
 Every model is a deployment of its own on ray.serve.llm and vLLM; one ingress answers /v1/models,
 /v1/chat/completions (streamed too) and /v1/completions. `model` is a base, `model:adapter` the base
-with an adapter. This module imports neither torch nor vLLM: only the replicas pay for them.
+with an adapter. Only the replicas import torch and vLLM.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from ray import serve
-from ray.serve import Application
+
+if TYPE_CHECKING:
+    from ray.serve import Application
 
 _CPU_ENV = {
     # One thread an engine: a small model gains nothing from more, and engines share the cores.
@@ -22,8 +23,9 @@ _CPU_ENV = {
 }
 _ENV = {
     "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_LOGGING_LEVEL": "ERROR",
     "TOKENIZERS_PARALLELISM": "false",
+    "PYTHONWARNINGS": "ignore::FutureWarning",
 }
 
 
@@ -56,7 +58,7 @@ class ModelArgs(Arguments):
     num_cpus: float = Field(1.0, gt=0, description="CPUs reserved per replica")
     tensor_parallel_size: int = Field(1, ge=1)
     accelerator_type: str | None = Field(None, description="a GPU kind as Ray names it, e.g. A100")
-    max_num_seqs: int = Field(64, ge=1, description="requests decoded together")
+    max_num_seqs: int = Field(256, ge=1, description="requests decoded together")
     max_lora_rank: int = Field(8, ge=1, description="the highest rank among the adapters")
     max_adapters: int = Field(2, ge=1, description="adapters in one batch")
     kv_cache_gib: float | None = Field(None, gt=0, description="None: what the device has left")
@@ -110,6 +112,8 @@ class AppArgs(Arguments):
 
 def build_app(args: AppArgs) -> Application:
     """The Serve application: an ingress over one deployment per model."""
+    from ray import serve
+
     from milm_ray.serving.ingress import Ingress
     from milm_ray.serving.replica import ModelReplica
 

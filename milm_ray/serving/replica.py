@@ -161,6 +161,7 @@ def _llm_config(args: ModelArgs, adapters: bool) -> dict[str, Any]:
         "tensor_parallel_size": args.tensor_parallel_size,
         "max_num_seqs": args.max_num_seqs,
         "enable_prefix_caching": True,
+        "use_tqdm_on_load": False,
         "enable_prompt_tokens_details": True,  # cached tokens in every reply's usage
         # What a request leaves out is plain sampling, whatever the checkpoint's authors preferred.
         "override_generation_config": {

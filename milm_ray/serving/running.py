@@ -2,38 +2,47 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import socket
+import sys
+import threading
 import time
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from milm_ray.errors import UserError
+from milm_ray.config import load_config
+from milm_ray.errors import ConfigError, UserError
+from milm_ray.job import connect
+from milm_ray.serving.endpoints import app_args, prepared_bases
 from milm_ray.serving.models import AppArgs, build_app
+from milm_ray.workspace import Workspace
 
 log = logging.getLogger("milm_ray")
 _QUIET = {"log_level": "WARNING", "enable_access_log": False}
 
 
 @contextmanager
-def running_models(args: AppArgs, start_timeout_s: float = 1800) -> Iterator[str]:
+def running_models(
+    args: AppArgs, port: int | None = None, start_timeout_s: float = 1800
+) -> Iterator[str]:
     """Serve the models of `args` and yield the base URL of their OpenAI-compatible API.
 
     Ray must be connected. Where Serve runs already, the models become one more application beside
-    what it serves, and only that is removed afterwards; else Serve itself is started on a free
-    loopback port and shut down. Raises UserError when a model does not come up.
+    what it serves, and only that is removed afterwards; else Serve itself is started on a loopback
+    port (None: a free one) and shut down. Raises UserError when a model does not come up.
     """
     from ray import serve
 
     name = f"models-{uuid.uuid4().hex[:8]}"
-    port = _port_of_running_serve()
-    ours = port is None
-    if port is None:
-        port = _free_port()
+    running = _port_of_running_serve()
+    ours = running is None
+    port = running or port or _free_port()
+    if ours:
         serve.start(
             http_options={"host": "127.0.0.1", "port": port, "location": "HeadOnly"},
             logging_config=_QUIET,
@@ -120,3 +129,31 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def main(description: str, argv: Sequence[str] | None = None) -> int:
+    """`jobs/serve.py`: a configuration's endpoints until interrupted; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", required=True, help="YAML file, see jobs/configs/")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("override", nargs="*", metavar="section.key=value")
+    options = parser.parse_intermixed_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    try:
+        config = load_config(options.config, options.override, ["models"])
+        if not config.models:
+            raise ConfigError(["models: name at least one model to serve"])
+        workspace = Workspace.open(config.workspace)
+        bases = prepared_bases(config, workspace)
+        connect(config)
+        with running_models(app_args(config, workspace, bases), options.port) as url:
+            log.info("serving at %s; interrupt to stop", url)
+            threading.Event().wait()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    except KeyboardInterrupt:
+        log.info("stopped")
+    return 0

@@ -10,6 +10,7 @@ import pytest
 
 from milm_ray.llm.reply_store import ReplyStore
 from milm_ray.schema import PREDICTIONS
+from milm_ray.serving import batch
 from milm_ray.serving import predict as stage
 from tests.serving.conftest import Served, sample_rounds
 
@@ -17,7 +18,7 @@ pytestmark = pytest.mark.slow
 
 
 def test_every_round_is_predicted_by_every_run_and_nothing_is_asked_twice(served: Served) -> None:
-    wanted = stage.runs(served.config, served.workspace, served.bases)
+    wanted = batch.runs(served.config, served.workspace, served.bases)
     assert len(wanted) == 8  # two models, base and adapter, greedy and one seed
     tally = write(served, wanted)
     table = predictions(served)
@@ -37,7 +38,7 @@ def test_every_round_is_predicted_by_every_run_and_nothing_is_asked_twice(served
 
 def test_a_long_history_loses_its_oldest_rounds_and_is_counted(served: Served) -> None:
     served.workspace.write_table(sample_rounds(1, 40), "long_rounds")
-    wanted = stage.runs(served.config, served.workspace, served.bases)[:1]
+    wanted = batch.runs(served.config, served.workspace, served.bases)[:1]
     files = served.workspace.parquet_files("long_rounds")
     tally = write(served, wanted, files)
     rows = predictions(served).to_pylist()
@@ -53,6 +54,6 @@ def predictions(served: Served) -> pa.Table:
     return pq.read_table(served.workspace.parquet_files(stage.ARTIFACT))
 
 
-def write(served: Served, wanted: list[stage.Run], rounds: Sequence[str] = ()) -> stage._Tally:
-    outcomes = stage.predict(served.config, served.workspace, wanted, served.url, rounds)
-    return stage._write(served.workspace, outcomes)
+def write(served: Served, wanted: list[batch.Run], rounds: Sequence[str] = ()) -> stage.Tally:
+    outcomes = batch.predict(served.config, served.workspace, wanted, served.url, rounds)
+    return stage.write(served.workspace, outcomes)

@@ -1,0 +1,273 @@
+"""Ask the model endpoints for a reply to every round, and keep every reply as it comes.
+
+Rounds are asked in their own order, dialogue by dialogue, so that an engine's prefix cache holds
+round k's prompt when round k+1 comes. Every reply is in the reply store before it is a row: a run
+that was killed asks only for what it had not received.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from milm_ray.config import Config, LLMSection
+from milm_ray.errors import UserError
+from milm_ray.llm.client import LLMClient, Rejected
+from milm_ray.llm.limits import Limits
+from milm_ray.llm.progress import Progress
+from milm_ray.llm.replies import Request, Subject
+from milm_ray.llm.reply_store import ReplyStore
+from milm_ray.models import chat_format
+from milm_ray.models.messages import round_messages
+from milm_ray.schema import PREDICTIONS
+from milm_ray.serving.adapters import DEFAULT_ADAPTER
+from milm_ray.serving.endpoints import base_digest
+from milm_ray.workspace import Workspace
+
+ROUNDS = "test_rounds"
+
+_ROUNDS_PER_BLOCK = 16
+_BLOCKS_AT_ONCE = 8
+_KEY_ENV = "MILM_RAY_API_KEY"
+_STOPPED = "stopped"
+_OUTCOME = pa.schema(
+    [*PREDICTIONS, pa.field("failure", pa.string()), pa.field("detail", pa.string())]
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One pass over the rounds: who answers, and how it samples.
+
+    endpoint: the id asked for; version: digest of the weights behind it; base: the prepared base
+    whose tokenizer measures the prompts; seed None: greedy.
+    """
+
+    model: str
+    variant: str
+    endpoint: str
+    version: str
+    chat_format: str
+    base: str
+    seed: int | None = None
+
+    @property
+    def sampling(self) -> str:
+        return "greedy" if self.seed is None else f"seed-{self.seed}"
+
+
+def runs(config: Config, workspace: Workspace, bases: Mapping[str, Path]) -> list[Run]:
+    """Every run of the configuration: models × {base, adapter} × {greedy, each seed}."""
+    found = []
+    for model, section in config.models.items():
+        base = base_digest(bases[model])
+        adapter = workspace.manifest(f"adapters/{model}")["digest"]
+        for variant, endpoint, version in (
+            ("base", model, base),
+            ("adapter", f"{model}:{DEFAULT_ADAPTER}", f"{base}+{adapter}"),
+        ):
+            for seed in (None, *config.generate.seeds):
+                place = str(bases[model])
+                found.append(
+                    Run(model, variant, endpoint, version, section.chat_format, place, seed)
+                )
+    return found
+
+
+def predict(
+    config: Config,
+    workspace: Workspace,
+    wanted: Sequence[Run],
+    base_url: str,
+    rounds: Sequence[str] = (),
+) -> Iterator[pa.Table]:
+    """Predictions for every round and run, block by block in the rounds' order, as they come.
+
+    rounds: Parquet files of schema.ROUNDS on the workspace's filesystem; default `test_rounds/`.
+    Yields tables of PREDICTIONS with two more columns, failure and detail (empty: there is a
+    reply). Raises UserError when nothing more can be asked.
+    """
+    import ray
+
+    files = list(rounds) or workspace.parquet_files(ROUNDS)
+    total = count(workspace, files)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.execution_options.preserve_order = True
+    blocks = ray.data.from_arrow(
+        [pa.Table.from_pylist([place]) for place in _places(workspace, files)]
+    )
+    actors = max(1, config.generate.concurrency // 128)
+    outcomes = blocks.map_batches(
+        _Predictor,
+        batch_size=None,
+        batch_format="pyarrow",
+        # Several blocks at a time: later ones fill the engines while the last of one are awaited.
+        compute=ray.data.ActorPoolStrategy(
+            size=actors,
+            max_tasks_in_flight_per_actor=_BLOCKS_AT_ONCE,
+            max_concurrent_calls_per_actor=_BLOCKS_AT_ONCE,
+        ),
+        num_cpus=0.1,  # it mostly waits, and the engines hold most of the cluster
+        fn_constructor_kwargs={
+            "config": config,
+            "workspace": workspace,
+            "runs": list(wanted),
+            "base_url": base_url,
+            "concurrency": max(1, config.generate.concurrency // actors),
+        },
+    )
+    with Progress("generate", total * len(wanted), cost=0.0) as progress:
+        table: Any
+        for table in outcomes.iter_batches(batch_size=None, batch_format="pyarrow"):
+            for row in table.drop(["text"]).to_pylist():
+                if row["failure"] == _STOPPED:
+                    cause, _, fix = row["detail"].partition("\n")
+                    raise UserError(cause, fix)
+                used = (row["prompt_tokens"] or 0) + (row["completion_tokens"] or 0)
+                progress.add(rejected=bool(row["failure"]), tokens=used, cost=0.0)
+            yield table
+
+
+def count(workspace: Workspace, files: Sequence[str]) -> int:
+    """Rows of Parquet files, by their footers."""
+    return sum(
+        pq.ParquetFile(file, filesystem=workspace.filesystem).metadata.num_rows for file in files
+    )
+
+
+def _places(workspace: Workspace, files: Sequence[str]) -> list[dict[str, Any]]:
+    """The rounds in blocks: file, first row, number of rows. Whoever asks reads them itself."""
+    return [
+        {"file": file, "first": first, "count": min(_ROUNDS_PER_BLOCK, rows - first)}
+        for file in files
+        for rows in [count(workspace, [file])]
+        for first in range(0, rows, _ROUNDS_PER_BLOCK)
+    ]
+
+
+def _read(workspace: Workspace, file: str, first: int, count: int) -> list[dict[str, Any]]:
+    """Rows of a Parquet file; only the row groups that hold them are read."""
+    parquet = pq.ParquetFile(file, filesystem=workspace.filesystem)
+    groups, start, before = [], 0, 0
+    for group in range(parquet.num_row_groups):
+        rows = parquet.metadata.row_group(group).num_rows
+        if start + rows <= first:
+            before += rows
+        elif start < first + count:
+            groups.append(group)
+        start += rows
+    return parquet.read_row_groups(groups).slice(first - before, count).to_pylist()
+
+
+class _Predictor:
+    """Asks for all runs of a block of rounds.
+
+    In: a place in the rounds' files (see _places). Out (1→rounds × runs): _OUTCOME, round by round.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        workspace: Workspace,
+        runs: list[Run],
+        base_url: str,
+        concurrency: int,
+    ) -> None:
+        # The endpoints started for a job are this machine's own; they ask for no key.
+        os.environ.setdefault(_KEY_ENV, "none")
+        self._config = config
+        self._workspace = workspace
+        self._store = ReplyStore(workspace)
+        self._runs = runs
+        self._tokenizers = {run.base: _Tokenizer(run.base) for run in runs}
+        self._budget = config.serve.max_model_len - config.generate.max_new_tokens
+        gate = Limits(LLMSection(concurrency=concurrency))
+        self._clients = {
+            run: LLMClient(_settings(config, run, base_url), self._store, gate) for run in runs
+        }
+
+    async def __call__(self, batch: pa.Table) -> AsyncIterator[pa.Table]:
+        await asyncio.to_thread(self._store.refresh)
+        (place,) = batch.to_pylist()
+        rounds = await asyncio.to_thread(_read, self._workspace, **place)
+        asked = [self._row(row, run) for row in rounds for run in self._runs]
+        yield pa.Table.from_pylist(await asyncio.gather(*asked), schema=_OUTCOME)
+
+    async def _row(self, row: Mapping[str, Any], run: Run) -> dict[str, Any]:
+        messages, dropped = chat_format.fit(
+            self._tokenizers[run.base],
+            run.chat_format,
+            round_messages(row),
+            self._budget,
+            training=False,
+        )
+        key = f"{row['dialogue_id'][:12]}/{row['round_index']}"
+        subject = Subject(source_id=key, prompt=f"{run.endpoint} {run.sampling}")
+        prediction: dict[str, Any] = {
+            "dialogue_id": row["dialogue_id"],
+            "round_index": row["round_index"],
+            "model": run.model,
+            "variant": run.variant,
+            "sampling": run.sampling,
+            "dropped_rounds": dropped,
+            "failure": "",
+            "detail": "",
+        }
+        try:
+            request = Request(messages, subject=subject, version=run.version)
+            reply = await self._clients[run].complete(request)
+        except Rejected as error:
+            return {**prediction, "failure": error.reason, "detail": error.detail}
+        except UserError as error:
+            return {**prediction, "failure": _STOPPED, "detail": f"{error.cause}\n{error.fix}"}
+        return {
+            **prediction,
+            # The glm4 format opens a reply with a line break: format, not text.
+            "text": reply.text.removeprefix(self._opening(run)),
+            "finish_reason": reply.finish_reason,
+            "prompt_tokens": reply.prompt_tokens,
+            "completion_tokens": reply.completion_tokens,
+            "latency_s": reply.latency_s,
+        }
+
+    def _opening(self, run: Run) -> str:
+        return chat_format.get(run.chat_format).reply.partition("{}")[0]
+
+
+class _Tokenizer:
+    """A prepared base's tokenizer as `chat_format` needs it, without importing transformers."""
+
+    def __init__(self, base: str) -> None:
+        from tokenizers import Tokenizer
+
+        self._tokenizer = Tokenizer.from_file(str(Path(base, "tokenizer.json")))
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+
+
+def _settings(config: Config, run: Run, base_url: str) -> LLMSection:
+    """The endpoint of one run as the LLM client knows it; it costs nothing per token."""
+    greedy = run.seed is None
+    generate = config.generate
+    return LLMSection(
+        model=run.endpoint,
+        base_url=base_url,
+        api_key_env=_KEY_ENV,
+        temperature=0.0 if greedy else generate.temperature,
+        top_p=1.0 if greedy else generate.top_p,
+        seed=run.seed,
+        max_tokens=generate.max_new_tokens,
+        concurrency=generate.concurrency,
+        timeout_s=600.0,
+        prompt_price=0.0,
+        completion_price=0.0,
+    )
