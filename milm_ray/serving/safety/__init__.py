@@ -4,7 +4,24 @@
 it, `help_message(level, category)` for what the client reads when the model must not speak.
 """
 
-from milm_ray.serving.safety.assess import Assessment, HistoryError, assess
-from milm_ray.serving.safety.config import HelpLine, SafetyConfig
+from milm_ray.serving.safety.config import CATEGORIES, Category, HelpLine, SafetyConfig
+from milm_ray.serving.safety.conversation import Assessment, HistoryError, Level, assess
+from milm_ray.serving.safety.messages import help_message, intervention_record, lines_for
+from milm_ray.serving.safety.reply import SentenceGuard, Violation, check_reply
 
-__all__ = ["Assessment", "HelpLine", "HistoryError", "SafetyConfig", "assess"]
+__all__ = [
+    "CATEGORIES",
+    "Assessment",
+    "Category",
+    "HelpLine",
+    "HistoryError",
+    "Level",
+    "SafetyConfig",
+    "SentenceGuard",
+    "Violation",
+    "assess",
+    "check_reply",
+    "help_message",
+    "intervention_record",
+    "lines_for",
+]

@@ -16,20 +16,23 @@ BREAK = "，"  # stands for every clause boundary in normalised text
 
 # Only the characters the rules need; a full conversion table would be a dependency for nothing.
 _TRADITIONAL = (
-    "殺杀 傷伤 樓楼 燒烧 藥药 遺遗 書书 寫写 結结 離离 開开 個个 們们 這这 裡里 裏里 麼么 麽么 會会 來来 "
-    "時时 間间 過过 還还 沒没 說说 話话 讓让 對对 給给 從从 後后 覺觉 難难 愛爱 媽妈 爺爷 兒儿 孫孙 親亲 "
-    "學学 師师 醫医 體体 頭头 腦脑 聲声 聽听 見见 點点 歲岁 將将 準准 備备 買买 賣卖 車车 橋桥 繩绳 槍枪 "
-    "彈弹 毆殴 強强 脅胁 懷怀 網网 錢钱 煙烟 菸烟 暈晕 氣气 緊紧 劇剧 陣阵 壓压 發发 臉脸 癱瘫 瘋疯 監监 "
-    "蹤踪 竊窃 電电 視视 廣广 飯饭 瀉泻 減减 飽饱 廁厕 嘔呕 餓饿 厭厌 絕绝 無无 義义 願愿 撐撑 繼继 續续 "
-    "負负 擔担 關关 係系 誰谁 該该 條条 臺台 陽阳 顆颗 農农 滅灭 斷断 輕轻 尋寻 許许 經经 嗎吗 歡欢 樣样 "
-    "種种 滿满 現现 實实 處处 罵骂 數数 歷历 劑剂 導导 飛飞 嚴严 誤误 論论 聞闻 遊游 戲戏 別别 總总 當当 "
-    "應应 夠够 邊边 進进 隻只 國国 為为 爲为 與与 長长 門门 問问 馬马 乾干 幹干 復复 聯联 嬰婴 產产 貓猫 "
-    "號号 碼码 銀银 鄰邻 顧顾 託托 謝谢 訣诀 淚泪 膚肤 臟脏 髮发 腸肠 膽胆 潰溃 瘍疡 熱热 選选 擇择 變变 "
-    "縱纵 縛缚 綁绑 鎖锁 騙骗 誘诱 約约 談谈 戀恋 異异 獨独 鬱郁 憂忧 慮虑 場场 墜坠 纏缠 麵面 塊块 壞坏 "
-    "夢梦 靈灵 幾几 鐵铁 軌轨 針针 綠绿 試试 圍围 窗窗 終终 於于 歸归 轉转 達达 運运 動动 務务 員员 "
-    "課课 題题 識识 讀读 語语 證证 護护 誓誓 憶忆 悶闷 閉闭 嚇吓 嚐尝 嘗尝 咽咽 啞哑 嘆叹 噁恶 惡恶 鬧闹"
+    "殺杀 傷伤 樓楼 燒烧 藥药 遺遗 書书 寫写 結结 離离 開开 個个 們们 這这 裡里 裏里 "
+    "麼么 麽么 會会 來来 時时 間间 過过 還还 沒没 說说 話话 讓让 對对 給给 從从 後后 "
+    "覺觉 難难 愛爱 媽妈 爺爷 兒儿 孫孙 親亲 學学 師师 醫医 體体 頭头 腦脑 聲声 聽听 "
+    "見见 點点 歲岁 將将 準准 備备 買买 賣卖 車车 橋桥 繩绳 槍枪 彈弹 毆殴 強强 脅胁 "
+    "懷怀 網网 錢钱 煙烟 菸烟 暈晕 氣气 緊紧 劇剧 陣阵 壓压 發发 臉脸 癱瘫 瘋疯 監监 "
+    "蹤踪 竊窃 電电 視视 廣广 飯饭 瀉泻 減减 飽饱 廁厕 嘔呕 餓饿 厭厌 絕绝 無无 義义 "
+    "願愿 撐撑 繼继 續续 負负 擔担 關关 係系 誰谁 該该 條条 臺台 陽阳 顆颗 農农 滅灭 "
+    "斷断 輕轻 尋寻 許许 經经 嗎吗 歡欢 樣样 種种 滿满 現现 實实 處处 罵骂 數数 歷历 "
+    "劑剂 導导 飛飞 嚴严 誤误 論论 聞闻 遊游 戲戏 別别 總总 當当 應应 夠够 邊边 進进 "
+    "隻只 國国 為为 爲为 與与 長长 門门 問问 馬马 乾干 幹干 復复 聯联 嬰婴 產产 貓猫 "
+    "號号 碼码 銀银 鄰邻 顧顾 託托 謝谢 訣诀 淚泪 膚肤 臟脏 髮发 腸肠 膽胆 潰溃 瘍疡 "
+    "熱热 選选 擇择 變变 縱纵 縛缚 綁绑 鎖锁 騙骗 誘诱 約约 談谈 戀恋 異异 獨独 鬱郁 "
+    "憂忧 慮虑 場场 墜坠 纏缠 麵面 塊块 壞坏 夢梦 靈灵 幾几 鐵铁 軌轨 針针 綠绿 試试 "
+    "圍围 終终 於于 歸归 轉转 達达 運运 動动 務务 員员 課课 題题 識识 讀读 語语 證证 "
+    "護护 憶忆 悶闷 閉闭 嚇吓 嚐尝 嘗尝 啞哑 嘆叹 噁恶 惡恶 鬧闹 葯药 著着 "
 )
-_EMOJI = {"🔪": "刀", "🗡": "刀", "💊": "药", "🩸": "血", "🔫": "枪", "💣": "炸弹", "⚰": "死", "🪦": "死"}
+_EMOJI = dict(zip("🔪🗡💊🩸🔫⚰🪦", "刀刀药血枪死死", strict=True)) | {"💣": "炸弹"}
 _LOOKALIKE = dict(zip("аеіорсухѕкαοε", "aeiopcyxskaoe", strict=True))  # Cyrillic and Greek
 _FOLD = str.maketrans(
     {**{pair[0]: pair[1] for pair in _TRADITIONAL.split()}, **_EMOJI, **_LOOKALIKE}
@@ -37,19 +40,21 @@ _FOLD = str.maketrans(
 _LEET = str.maketrans("01345@$!", "oieasasi")
 
 _HAN = r"\u3400-\u9fff〇"
-# Words re-joined whatever stands between their characters (自.杀, 自~~杀, 自 x 杀 is not).
-_STRONG = (
-    "自杀 自残 自尽 自伤 轻生 跳楼 割腕 上吊 烧炭 遗书 想死 去死 寻死 杀人 杀了 安眠药 农药 不想活 "
-    "强奸 家暴 催吐"
-).split()
+# Words re-joined whatever stands between their characters (自.杀, 自~~杀, 自x杀).
+_STRONG = [
+    "自杀", "自残", "自尽", "自伤", "轻生", "跳楼", "割腕", "上吊", "烧炭", "遗书",
+    "想死", "去死", "寻死", "杀人", "杀了", "安眠药", "农药", "不想活", "强奸", "家暴",
+    "催吐",
+]  # fmt: skip
 _APART = [
-    (re.compile(rf"[^\w{_HAN}]{{1,4}}".join(word), re.ASCII), word)
+    (re.compile(rf"(?:[^\w{_HAN}]|[〇xX0oO+]){{1,4}}".join(word), re.ASCII), word)
     for word in _STRONG
 ]
 # One character of the word in letters: 跳lou, 割wan, 自s. Word → pinyin of its characters.
 _SPELLED = {
     "自杀": "zi sha", "自残": "zi can", "自尽": "zi jin", "轻生": "qing sheng", "跳楼": "tiao lou",
-    "割腕": "ge wan", "上吊": "shang diao", "烧炭": "shao tan", "遗书": "yi shu", "农药": "nong yao",
+    "割腕": "ge wan", "上吊": "shang diao", "烧炭": "shao tan", "遗书": "yi shu",
+    "农药": "nong yao",
     "安眠药": "an mian yao", "想死": "xiang si", "去死": "qu si", "杀人": "sha ren",
     "吞药": "tun yao", "强奸": "qiang jian", "家暴": "jia bao", "催吐": "cui tu",
     "不想活": "bu xiang huo", "死掉": "si diao", "刀划": "dao hua", "刀割": "dao ge",
@@ -104,7 +109,7 @@ _MIXED = {
     "suicide": "自杀", "kill myself": "自杀", "kms": "自杀", "die": "死", "end it all": "结束一切",
     "end it": "结束一切", "end my life": "结束生命", "self harm": "自残", "cutting": "割",
     "cut": "割", "alive": "活", "live": "活", "myself": "自己", "kill": "杀", "jump": "跳下去",
-    "pills": "药", "tonight": "今晚", "my": "我的", "i": "我",
+    "pills": "药", "how to": "怎么", "tonight": "今晚", "my": "我的", "i": "我",
 }  # fmt: skip
 _MIXED_WORD = re.compile(
     r"(?<![a-z])(?:" + "|".join(sorted(_MIXED, key=len, reverse=True)) + r")(?![a-z])"

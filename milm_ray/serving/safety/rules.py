@@ -11,17 +11,23 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from importlib import resources
 from typing import Any
 
 import yaml
 
+from milm_ray.serving.safety.config import Category
 from milm_ray.serving.safety.normalize import BREAK
 
 SIGNAL, MEDIUM, HIGH = 0, 1, 2
 _LEVELS = {"signal": SIGNAL, "medium": MEDIUM, "high": HIGH}
+_CONTEXT = (
+    *("people", "prepositions", "reported", "to_me", "fiction", "past", "present", "recovered"),
+    *("negation", "double_negation", "negation_after", "negation_inside", "rhetorical"),
+    *("asked_how", "asked_how_not", "answer_yes", "answer_no", "answer_evasive"),
+)
 _SPLIT_REACH = 4  # client turns that an unfinished one ("我想") may be finished in
 
 
@@ -30,7 +36,7 @@ class Hit:
     """One rule found true. `level` is after context; `end` is its place in the scanned text."""
 
     rule: str
-    category: str
+    category: Category
     level: int
     start: int
     end: int
@@ -51,7 +57,7 @@ class Scan:
 @dataclass(frozen=True, slots=True)
 class Rule:
     id: str
-    category: str
+    category: Category
     level: int
     patterns: tuple[re.Pattern[str], ...]
     about_anyone: bool
@@ -65,18 +71,36 @@ class Rule:
 @dataclass(frozen=True, slots=True)
 class Combo:
     id: str
-    category: str
+    category: Category
     level: int
     needs: frozenset[str]
+
+
+def expand_lexicon(entries: dict[str, str]) -> dict[str, str]:
+    """Named patterns, each of which may use the ones before it as {name}."""
+    lexicon: dict[str, str] = {}
+    for name, pattern in entries.items():
+        lexicon[name] = _expand(pattern, lexicon)
+    return lexicon
+
+
+def compile_pattern(pattern: str, lexicon: dict[str, str]) -> re.Pattern[str]:
+    """A pattern of the data files: {name}, ~N (within a clause) and ~~N (across clauses)."""
+    # ASCII: with Unicode word characters \b finds no border between a letter and a Han one.
+    return re.compile(_expand(pattern, lexicon), re.ASCII)
+
+
+def _expand(pattern: str, lexicon: dict[str, str]) -> str:
+    pattern = re.sub(r"\{([a-z_]+)\}", lambda m: lexicon[m.group(1)], pattern)
+    pattern = re.sub(r"~~(\d+)", r".{0,\1}", pattern)
+    return re.sub(r"~(\d+)", rf"[^{BREAK}]{{0,\1}}", pattern)
 
 
 class RuleBook:
     """rules.yaml, compiled. Build through `rule_book()`, which keeps one."""
 
     def __init__(self, data: dict[str, Any]) -> None:
-        self._lexicon: dict[str, str] = {}
-        for name, pattern in data["lexicon"].items():
-            self._lexicon[name] = self._expand(pattern)
+        self._lexicon = expand_lexicon(data["lexicon"])
         self.rules = tuple(self._rule(entry) for entry in data["rules"])
         self.combos = tuple(
             Combo(c["id"], c["category"], _LEVELS[c["level"]], frozenset(c["needs"]))
@@ -85,24 +109,14 @@ class RuleBook:
         self._signals = {name: self._compile(p) for name, p in data["signals"].items()}
         self._idioms = self._compile("|".join(f"(?:{p})" for p in data["idioms"]))
         self._asked = {category: self._compile(p) for category, p in data["asked"].items()}
-        context = (
-            "people prepositions reported fiction past present recovered negation "
-            "double_negation negation_after negation_inside to_me asked_how asked_how_not answer_yes answer_no answer_evasive"
-        ).split()
-        self._context = {name: self._compile(data[name]) for name in context}
+        self._context = {name: self._compile(data[name]) for name in _CONTEXT}
         self._subject = self._compile(f"(?P<other>{data['people']})|(?P<self>我|俺|老子|本人|i )")
         self._before = self._compile(rf"(?:{data['prepositions']})$")
         self._denied = self._compile(rf"(?:{data['negation']})")
         self._affirmed = self._compile(rf"(?:{data['double_negation']})")
 
-    def _expand(self, pattern: str) -> str:
-        pattern = re.sub(r"\{([a-z_]+)\}", lambda m: self._lexicon[m.group(1)], pattern)
-        pattern = re.sub(r"~~(\d+)", r".{0,\1}", pattern)
-        return re.sub(r"~(\d+)", rf"[^{BREAK}]{{0,\1}}", pattern)
-
     def _compile(self, pattern: str) -> re.Pattern[str]:
-        # ASCII: with Unicode word characters \b finds no border between a letter and a Han one.
-        return re.compile(self._expand(pattern), re.ASCII)
+        return compile_pattern(pattern, self._lexicon)
 
     def _rule(self, entry: dict[str, Any]) -> Rule:
         unknown = set(entry) - {
@@ -134,7 +148,7 @@ class RuleBook:
             for match in itertools.chain.from_iterable(p.finditer(text) for p in rule.patterns):
                 hit = self._weigh(rule, match, text, story)
                 if hit is None:
-                    start, end = _clause(text, match.start(), match.end())
+                    start, end = clause_span(text, match.start(), match.end())
                     blanked[start:end] = "〇" * (end - start)
                 else:
                     hits.append(hit)
@@ -145,7 +159,7 @@ class RuleBook:
     def _weigh(self, rule: Rule, match: re.Match[str], text: str, story: bool) -> Hit | None:
         """The hit after its context, or None if the context explains it away."""
         start, end = match.start(), match.end()
-        clause_start, clause_end = _clause(text, start, end)
+        clause_start, clause_end = clause_span(text, start, end)
         clause = text[clause_start:clause_end]
         if rule.unless and rule.unless.search(clause):
             return None
@@ -157,8 +171,10 @@ class RuleBook:
         if rule.level == SIGNAL:
             return Hit(rule.id, rule.category, SIGNAL, start, end)
         other = self._about_other(text, clause_start, prefix + match.group())
-        if story and rule.in_story != "keep" and (
-            rule.in_story == "always" or other or "我" not in clause
+        if (
+            story
+            and rule.in_story != "keep"
+            and (rule.in_story == "always" or other or "我" not in clause)
         ):
             return None
         level = rule.level
@@ -173,6 +189,8 @@ class RuleBook:
             return False
         if self._ends_with(self._denied, prefix):
             return True
+        if self._context["rhetorical"].search(prefix + matched):
+            return True
         # The match itself may open with subject and denial: 我没有自杀过.
         if self._context["negation_inside"].match(matched):
             return True
@@ -180,7 +198,7 @@ class RuleBook:
 
     @staticmethod
     def _ends_with(pattern: re.Pattern[str], text: str) -> bool:
-        tail = text[-14:]
+        tail = text[-40:]
         return any(m.end() == len(tail) and m.group() for m in pattern.finditer(tail))
 
     def _about_other(self, text: str, clause_start: int, said: str) -> bool:
@@ -209,7 +227,7 @@ class RuleBook:
         )
 
     def _is_over(self, text: str, clause_start: int, end: int) -> bool:
-        """Whether the match is told as past, with nothing after it that brings it to the present."""
+        """Whether the match is told as past and nothing after it brings it to the present."""
         rest = text[end:]
         recovered = self._context["recovered"].search(rest)
         before = text[max(0, clause_start - 24) : end]
@@ -281,11 +299,7 @@ def joins(turns: list[str]) -> list[str]:
     return joined
 
 
-def raised(hit: Hit, level: int) -> Hit:
-    return replace(hit, level=level)
-
-
-def _clause(text: str, start: int, end: int) -> tuple[int, int]:
+def clause_span(text: str, start: int, end: int) -> tuple[int, int]:
     """The span of the clauses that text[start:end] touches."""
     left = text.rfind(BREAK, 0, start) + 1
     right = text.find(BREAK, end)

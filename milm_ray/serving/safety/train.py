@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from milm_ray.serving.safety.classifier import BUCKETS, CLASSES, features
-from milm_ray.serving.safety.normalize import normalize
+from milm_ray.serving.safety.normalize import BREAK, normalize
 from milm_ray.serving.safety.rules import HIGH, SIGNAL, rule_book
 
 Example = tuple[str, str, bool]  # normalised text, class, high risk
@@ -53,6 +53,9 @@ def smilechat(directory: Path, dialogues: int, seed: int) -> Iterator[Example]:
             alarms = [hit for hit in scan.hits if hit.level > SIGNAL]
             if not alarms:
                 yield scan.unexplained, "none", False
+                # Alone as well: a chat's turns are shorter than SmileChat's.
+                for clause in scan.unexplained.split(BREAK)[:3]:
+                    yield clause, "none", False
             elif any(hit.level == HIGH for hit in alarms):
                 worst = max(alarms, key=lambda hit: hit.level)
                 yield scan.unexplained, worst.category, True
@@ -120,7 +123,7 @@ def main() -> None:
     if args.smilechat:
         examples += smilechat(args.smilechat, args.dialogues, args.seed)
     print("examples:", dict(Counter(category for _, category, _ in examples)))
-    np.savez_compressed(args.out, **train(examples))
+    np.savez_compressed(args.out, allow_pickle=False, **train(examples))
     print(f"wrote {args.out} ({args.out.stat().st_size / 1024:.0f} KiB)")
 
 

@@ -30,6 +30,7 @@ Level = Literal["none", "medium", "high"]
 _NAMES: dict[int, Level] = {SIGNAL: "none", MEDIUM: "medium", HIGH: "high"}
 _WINDOW = 2000  # characters of a turn scanned at a time, with an overlap of a tenth
 _REMEMBERED = 4096
+_SHORTEST = 6  # characters that the classifier needs to have an opinion
 # Shown first when levels are equal: what can kill soonest, and is not covered by the other.
 _ORDER = {category: rank for rank, category in enumerate(CATEGORIES)}
 
@@ -61,12 +62,9 @@ class HistoryError(UserError, TypeError):
 class _Found:
     hits: list[tuple[int, Hit]] = field(default_factory=list)  # (turn index, hit)
     signals: set[str] = field(default_factory=set)
-    score: float = 0.0
 
 
-def assess(
-    history: Sequence[Mapping[str, Any]], config: SafetyConfig | None = None
-) -> Assessment:
+def assess(history: Sequence[Mapping[str, Any]], config: SafetyConfig | None = None) -> Assessment:
     """The risk in a conversation so far, from the client's words in the light of the counselor's.
 
     Any history is accepted, the empty one too. Raises HistoryError (a TypeError) where it is not
@@ -78,14 +76,14 @@ def assess(
     found = _Found()
     client = [index for index, (role, _) in enumerate(texts) if role == "client"]
     for index in client:
-        _add(found, index, _scan(texts[index][1], config), config)
+        _add(found, index, _scan(texts[index][1], config))
     _add_answers(found, texts)
     for joined in joins([texts[index][1] for index in client]):
         scan = _scan(joined, config)
         found.hits += [(client[-1], hit) for hit in scan.hits if hit.level == HIGH]
     if client:
         found.hits += [(client[-1], hit) for hit in rule_book().combined(found.signals)]
-    return _conclude(found, config)
+    return _conclude(found)
 
 
 def _listed(history: Any) -> Sequence[Any]:
@@ -126,9 +124,12 @@ def _scan(text: str, config: SafetyConfig) -> Scan:
         category: Category = CATEGORIES[0]
         for start in range(0, max(len(text), 1), _WINDOW - _WINDOW // 10):
             scan = rule_book().scan(text[start : start + _WINDOW])
-            opinion = classifier().judge(scan.unexplained)
             hits += scan.hits
             signals |= scan.signals
+            # A denial or figure of speech was understood; too short a text says too little.
+            if "〇" in scan.unexplained or len(scan.unexplained) < _SHORTEST:
+                continue
+            opinion = classifier().judge(scan.unexplained)
             if opinion.risk >= risk:
                 risk, category = opinion.risk, opinion.category
             high = max(high, opinion.high)
@@ -143,7 +144,7 @@ def _scan(text: str, config: SafetyConfig) -> Scan:
     return Scan((*scan.hits, Hit("classifier", category, level, 0, len(text))), scan.signals, "")
 
 
-def _add(found: _Found, index: int, scan: Scan, config: SafetyConfig) -> None:
+def _add(found: _Found, index: int, scan: Scan) -> None:
     found.hits += [(index, hit) for hit in scan.hits]
     found.signals |= scan.signals
 
@@ -162,7 +163,7 @@ def _add_answers(found: _Found, texts: list[tuple[str, str]]) -> None:
             found.hits.append((index, Hit("asked.how", "suicide", HIGH, 0, len(answer))))
 
 
-def _conclude(found: _Found, config: SafetyConfig) -> Assessment:
+def _conclude(found: _Found) -> Assessment:
     minor = any(hit.category == "minors" for _, hit in found.hits)
     alarms = [(index, hit) for index, hit in found.hits if hit.level > SIGNAL]
     if not alarms:
