@@ -16,8 +16,9 @@ import torch
 from torch import distributed
 
 from milm_ray.config import FinetuneSection
+from milm_ray.finetune.attention import use_packed_attention
 from milm_ray.finetune.packing import Pack
-from milm_ray.finetune.step import PackedLoss, pack_loss, use_packed_attention
+from milm_ray.finetune.step import PackedLoss, pack_loss
 
 if TYPE_CHECKING:
     from peft import PeftModel

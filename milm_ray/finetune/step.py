@@ -9,56 +9,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 if TYPE_CHECKING:
     from milm_ray.finetune.packing import Pack
-
-PACKED_ATTENTION = "milm_packed"
-
-
-def packed_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    sample_lengths: tuple[int, ...],
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """Causal attention inside each sample of a packed row, nothing across.
-
-    query: [1, heads, T, d]; key, value: [1, kv_heads, T, d]; returns [1, T, heads, d]. One kernel
-    call per sample costs the sum of the squares of their lengths, a mask over the whole row the
-    square of the sum.
-    """
-    grouped = query.shape[1] != key.shape[1]
-    parts = [
-        F.scaled_dot_product_attention(
-            q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=grouped
-        )
-        for q, k, v in zip(
-            query.split(sample_lengths, 2),
-            key.split(sample_lengths, 2),
-            value.split(sample_lengths, 2),
-            strict=True,
-        )
-    ]
-    joined = parts[0] if len(parts) == 1 else torch.cat(parts, 2)
-    return joined.transpose(1, 2).contiguous(), None
-
-
-def use_packed_attention(model: Any) -> None:
-    """Switch a transformers model to packed_attention."""
-    from transformers import AttentionInterface
-
-    AttentionInterface.register(PACKED_ATTENTION, packed_attention)
-    model.set_attn_implementation(PACKED_ATTENTION)
 
 
 class PackedLoss(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 from collections.abc import Callable
@@ -104,6 +105,8 @@ def _quicken() -> None:
     """Ray Train's switches, read when a run starts."""
     # Three runs that import torch at once on a small machine can need more than its minute.
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "900")
+    # Its print goes to the terminal and to its log, which goes to the terminal.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     if _is_local():
         # One process less per model: nothing preempts a node of a local cluster.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
@@ -142,9 +145,12 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
     would start the workers again, to the same end."""
     import ray.train
     import torch
+    import transformers
 
     from milm_ray.finetune.engine import Diverged
 
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
+    transformers.utils.logging.disable_progress_bar()
     task: Task = config["task"]
     torch.set_num_threads(max(1, int(task.settings.cpus_per_worker)))
     if not torch.cuda.is_available():

@@ -7,9 +7,10 @@ import random
 import pytest
 import torch
 
+from milm_ray.finetune.attention import use_packed_attention
 from milm_ray.finetune.packing import bins, collate
 from milm_ray.finetune.samples import Sample
-from milm_ray.finetune.step import PackedLoss, pack_loss, use_packed_attention
+from milm_ray.finetune.step import PackedLoss, pack_loss
 from milm_ray.models.chat_format import IGNORE_INDEX
 
 VOCAB = 97
