@@ -52,7 +52,7 @@ def fast_tokenizer(path: Path) -> Tokenizer:
         steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
     if spec.remove_extra_whitespaces:
         steps += [
-            normalizers.Replace(Regex("^ +| +$"), ""),
+            normalizers.Replace(Regex(r"\A +| +\z"), ""),
             normalizers.Replace(Regex(" +"), " "),
         ]
     if spec.add_dummy_prefix:

@@ -59,7 +59,7 @@ TRUNK = Phase(steps=900, batch=16, length=256, start=0, decay=False)
 BRANCHES = {
     "tiny-llama3": Phase(steps=180, batch=4, length=1024, start=9000, decay=True),
     "tiny-glm4": Phase(steps=200, batch=4, length=1024, start=9000, decay=True),
-    "tiny-baichuan2": Phase(steps=220, batch=4, length=1024, start=9000, decay=True),
+    "tiny-baichuan2": Phase(steps=130, batch=4, length=1024, start=9000, decay=True),
 }
 FORMAT = {"tiny-llama3": "llama3", "tiny-glm4": "glm4", "tiny-baichuan2": "baichuan2"}
 
