@@ -1,0 +1,72 @@
+"""The trained coder against AnnoMI's own labels, beside human agreement and published figures.
+
+    python benchmarks/annomi_coder.py --annomi AnnoMI-full.csv [--folds 10]
+
+Prints Markdown tables: cross-validated by session, all figures out of fold.
+"""
+
+import argparse
+from pathlib import Path
+
+from milm_ray.miti import annomi, trained_coder
+from milm_ray.miti.agreement import fleiss_kappa
+from milm_ray.miti.summary import spread, summary_scores
+
+PUBLISHED = {"main_therapist_behaviour": ".72 / .83", "client_talk_type": ".55 / .66"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--annomi", type=Path, required=True)
+    parser.add_argument("--folds", type=int, default=10)
+    options = parser.parse_args()
+    sessions = annomi.read(options.annomi)
+    labels_table(sessions, options.folds)
+    order_table(sessions, options.folds)
+
+
+def labels_table(sessions, folds) -> None:
+    print(
+        "| Task | Utterances | Macro F1 | Published (text / + audio) | Kappa (95 %) | Ten people |"
+    )
+    print("|---|---|---|---|---|---|")
+    details = []
+    for task in trained_coder.TASKS:
+        found = trained_coder.cross_validate(sessions, task, count=folds)
+        people = fleiss_kappa(*annomi.ratings(sessions, task))
+        print(
+            f"| {task} | {found.utterances:,} | {found.macro_f1:.2f} | {PUBLISHED.get(task, '')} | "
+            f"{interval(found.kappa)} | {interval(people)} |"
+        )
+        each = ", ".join(f"{k} {v:.2f} (n {found.counts[k]:,})" for k, v in found.f1.items())
+        details.append(f"{task}: F1 {each}; accuracy {found.accuracy:.2f}")
+    print("\n" + "\n".join(details) + "\n")
+
+
+def order_table(sessions, folds) -> None:
+    codings = trained_coder.code_unseen(sessions, count=folds)
+    print("| Summary score | Labels | high | low | Difference ordered |")
+    print("|---|---|---|---|---|")
+    for measure in annomi.MEASURES:
+        people = annomi.by_quality(sessions)
+        row("people", measure, people["high"][measure], people["low"][measure])
+        values = {"high": [], "low": []}
+        for coding in codings:
+            values[coding.group].append(summary_scores(coding.counts, {})[measure])
+        row("trained coder", measure, spread(values["high"]), spread(values["low"]))
+
+
+def row(coder, measure, high, low) -> None:
+    ordered = "yes" if high.mean > low.mean else "no"
+    print(
+        f"| {measure} | {coder} | {high.mean:.2f} (n {high.n}) | {low.mean:.2f} (n {low.n}) | "
+        f"{ordered} |"
+    )
+
+
+def interval(found) -> str:
+    return f"{found.value:.2f} ({found.low:.2f} to {found.high:.2f})"
+
+
+if __name__ == "__main__":
+    main()
