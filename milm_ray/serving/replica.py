@@ -35,6 +35,7 @@ class ModelReplica:
             config, engine_cls=_engine_cls(self._args), model_downloader=loader
         )
         await self._server.start()
+        _load_one_at_a_time(self._server.engine)
 
     async def check_health(self) -> None:
         await self._server.check_health()
@@ -142,6 +143,18 @@ class _Loader:
             local_path=self._adapters[lora_model_id].path,
             lora_assigned_int_id=global_id_manager.next(),
         )
+
+
+def _load_one_at_a_time(engine: Any) -> None:
+    """The engine looks whether it has an adapter, then loads it; of two first requests that look
+    at the same moment, the second would be refused for an adapter that is loaded already."""
+    resolve, lock = engine.resolve_lora, asyncio.Lock()
+
+    async def resolve_lora(adapter: Any) -> None:
+        async with lock:
+            await resolve(adapter)
+
+    engine.resolve_lora = resolve_lora
 
 
 def _engine_cls(args: ModelArgs) -> Any:
