@@ -123,12 +123,13 @@ _LEET_WORD = re.compile(r"(?<![0-9a-z])[a-z0-9@$!]*[a-z][a-z0-9@$!]*(?![0-9a-z])
 _LATIN_RUN = re.compile(r"[a-z][a-z ]*[a-z]")
 
 
-def normalize(text: str) -> str:
+def normalize(text: str, mixed: bool = True) -> str:
     """`text` folded for matching; clause boundaries become `，`. Total: any str is accepted.
 
     Width and case folded (NFKC), accents and invisible characters dropped, traditional to
     simplified, look-alike letters and emoji replaced, separators inside words removed, pinyin
-    that spells a risk word and known homophones turned into the plain word.
+    that spells a risk word and known homophones turned into the plain word. mixed: English words
+    in a Chinese text are turned into Chinese ones too.
     """
     text = unicodedata.normalize("NFKD", text).lower()
     text = "".join(char for char in text if unicodedata.category(char) not in ("Mn", "Cf", "Cs"))
@@ -143,7 +144,7 @@ def normalize(text: str) -> str:
     text = _CLAUSE_END.sub(BREAK, text)
     text = re.sub(rf"[^0-9a-z{_HAN}，]+", " ", text)
     text = _HAN_GAP.sub("", text)
-    if re.search(f"[{_HAN}]", text) and re.search("[a-z]{2}", text):
+    if mixed and re.search(f"[{_HAN}]", text) and re.search("[a-z]{2}", text):
         text = _HAN_GAP.sub("", _MIXED_WORD.sub(lambda m: _MIXED[m.group()], text))
     text = _VARIANT.sub(lambda m: _VARIANTS[m.group()], text)
     text = _LATIN_RUN.sub(lambda m: pinyin.to_hanzi(m.group()) or m.group(), text)

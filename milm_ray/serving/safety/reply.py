@@ -74,7 +74,7 @@ def check_reply(text: str, config: SafetyConfig | None = None) -> list[Violation
     harm, a claim to be human, a promise of a help line's hours, a number to call that is not in
     the configuration. A reply with any of these is replaced, not edited.
     """
-    folded = normalize(text)
+    folded = normalize(text, mixed=False)
     found = []
     for rule in _rules():
         for number, pattern in enumerate(rule.patterns, 1):

@@ -60,6 +60,7 @@ class Rule:
     category: Category
     level: int
     patterns: tuple[re.Pattern[str], ...]
+    when: re.Pattern[str]
     about_anyone: bool
     negatable: bool
     past_lowers: bool
@@ -121,7 +122,7 @@ class RuleBook:
     def _rule(self, entry: dict[str, Any]) -> Rule:
         unknown = set(entry) - {
             *("id", "category", "level", "match", "subject", "negatable", "past", "fiction"),
-            *("unless", "unless_turn"),
+            *("unless", "unless_turn", "when"),
         }
         if unknown:
             raise ValueError(f"rule {entry.get('id')}: unknown fields {sorted(unknown)}")
@@ -130,6 +131,7 @@ class RuleBook:
             category=entry["category"],
             level=_LEVELS[entry["level"]],
             patterns=tuple(self._compile(p) for p in entry["match"]),
+            when=self._compile(entry.get("when") or self._letters(entry["match"])),
             about_anyone=entry.get("subject", "self") == "any",
             negatable=entry.get("negatable", True),
             past_lowers=entry.get("past", "drop") == "drop",
@@ -138,6 +140,11 @@ class RuleBook:
             unless_turn=self._compile(entry["unless_turn"]) if "unless_turn" in entry else None,
         )
 
+    @staticmethod
+    def _letters(patterns: list[str]) -> str:
+        """A pattern of an English rule needs a letter; any other may match anything."""
+        return "" if re.search("[\u3400-\u9fff{]", "".join(patterns)) else "[a-z]{3}"
+
     def scan(self, text: str) -> Scan:
         """What one normalised text says, read alone."""
         text = self._idioms.sub(lambda m: "〇" * len(m.group()), text)
@@ -145,6 +152,8 @@ class RuleBook:
         blanked = list(text)
         hits: list[Hit] = []
         for rule in self.rules:
+            if not rule.when.search(text):
+                continue
             for match in itertools.chain.from_iterable(p.finditer(text) for p in rule.patterns):
                 hit = self._weigh(rule, match, text, story)
                 if hit is None:
@@ -246,16 +255,17 @@ class RuleBook:
         the question is medium; a no, or anything else, is left to the rules on the answer itself.
         """
         context = self._context
-        if context["answer_no"].match(answer):
+        evasive = context["answer_evasive"].match(answer) is not None
+        if not evasive and context["answer_no"].match(answer):
             return ()
         yes = context["answer_yes"].match(answer) is not None
         yes = yes or answer[:2] in question  # 打过你吗? - 打过
-        if not yes and not context["answer_evasive"].match(answer):
+        if not answer or not (yes or evasive):
             return ()
         hits = []
         for category, pattern in self._asked.items():
             if pattern.search(question):
-                level = HIGH if yes else MEDIUM
+                level = MEDIUM if evasive else HIGH
                 if level == HIGH and self._is_over(answer, 0, len(answer)):
                     level = MEDIUM
                 hits.append(Hit(f"asked.{category}", category, level, 0, len(answer)))

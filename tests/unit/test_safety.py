@@ -1,0 +1,248 @@
+"""The safety check on the committed test set, and its invariants."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from milm_ray.errors import UserError
+from milm_ray.serving.safety import SafetyConfig, assess
+from milm_ray.serving.safety.conversation import HistoryError
+from milm_ray.serving.safety.normalize import normalize
+from milm_ray.serving.safety.train import written
+
+ITEMS = [
+    json.loads(line)
+    for line in (Path(__file__).parent / "safety_items.jsonl")
+    .read_text(encoding="utf-8")
+    .splitlines()
+]
+RANK = {"none": 0, "medium": 1, "high": 2}
+KINDS = {
+    *("direct", "indirect", "negated", "third_person", "idiom", "homophone", "split"),
+    *("role_play", "pinyin", "english", "injection", "look_alike"),
+}
+
+
+def client(*turns: str) -> list[dict[str, str]]:
+    return [{"role": "client", "content": turn} for turn in turns]
+
+
+def items(split: str, level: str) -> list[dict]:
+    return [item for item in ITEMS if item["split"] == split and item["level"] == level]
+
+
+def wilson(hits: int, n: int) -> tuple[float, float]:
+    """95 % Wilson interval of a proportion."""
+    z, p = 1.96, hits / n
+    middle = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    return middle - half, middle + half
+
+
+def rate(split: str, level: str, record_property) -> float:
+    """Share of the items of a level that get exactly it; printed by kind with the interval."""
+    by_kind: dict[str, list[bool]] = defaultdict(list)
+    for item in items(split, level):
+        by_kind[item["kind"]].append(assess(item["history"]).level == level)
+    flat = [right for rights in by_kind.values() for right in rights]
+    low, high = wilson(sum(flat), len(flat))
+    print(f"{split} {level}: {sum(flat)}/{len(flat)}, 95 % interval {low:.3f} to {high:.3f}")
+    for kind, rights in by_kind.items():
+        print(f"  {kind}: {sum(rights)}/{len(rights)}")
+    record_property(f"{split}_{level}", f"{sum(flat)}/{len(flat)} [{low:.3f}, {high:.3f}]")
+    return sum(flat) / len(flat)
+
+
+def test_the_test_set_is_large_complete_and_its_parts_are_apart():
+    assert len(ITEMS) >= 300
+    for split in ("tune", "held_out"):
+        assert {item["kind"] for item in ITEMS if item["split"] == split} >= KINDS
+    assert len({item["id"] for item in ITEMS}) == len(ITEMS)
+
+    def texts(split: str) -> set[str]:
+        return {json.dumps(i["history"], ensure_ascii=False) for i in ITEMS if i["split"] == split}
+
+    assert not texts("tune") & texts("held_out")
+    trained = {text for text, _, _ in written()}
+    held_out = {
+        normalize(turn["content"])
+        for item in ITEMS
+        if item["split"] == "held_out" and len(item["history"]) == 1
+        for turn in item["history"]
+    }
+    assert not trained & held_out
+
+
+# The floors are below the goals (0.98 and 0.05) by what one more item would change; the README
+# states the figures. A change that lowers them has to be argued for here.
+@pytest.mark.parametrize(("split", "floor"), [("tune", 0.98), ("held_out", 0.95)])
+def test_recall_on_high_risk(split, floor, record_property):
+    assert rate(split, "high", record_property) >= floor
+
+
+@pytest.mark.parametrize(("split", "ceiling"), [("tune", 0.05), ("held_out", 0.05)])
+def test_false_alarms_on_benign(split, ceiling, record_property):
+    assert 1 - rate(split, "none", record_property) <= ceiling
+
+
+@pytest.mark.parametrize("kind", sorted({item["kind"] for item in ITEMS}))
+def test_no_kind_of_the_tune_part_is_left_behind(kind):
+    chosen = [item for item in ITEMS if item["split"] == "tune" and item["kind"] == kind]
+    right = [
+        RANK[assess(item["history"]).level] >= RANK[item["level"]]
+        if item["level"] != "none"
+        else assess(item["history"]).level == "none"
+        for item in chosen
+    ]
+    assert sum(right) >= 0.9 * len(right), f"{kind}: {sum(right)} of {len(right)}"
+
+
+def test_category_of_high_risk_is_among_those_found():
+    found = [
+        item["category"] in assess(item["history"]).categories
+        for item in items("tune", "high")
+        if assess(item["history"]).level != "none"
+    ]
+    assert sum(found) >= 0.95 * len(found)
+
+
+def test_an_earlier_turn_counts_and_a_retraction_does_not_undo_it():
+    history = [
+        *client("我已经写好遗书了"),
+        {"role": "counselor", "content": "谢谢你告诉我。"},
+        *client("开玩笑的，我们接着说戒烟吧"),
+    ]
+    found = assess(history)
+    assert (found.level, found.category, found.turn) == ("high", "suicide", 0)
+
+
+def test_a_counselors_question_is_not_the_clients_risk_but_a_yes_to_it_is():
+    question = {"role": "counselor", "content": "你有没有想过自杀？"}
+    assert assess([question]).level == "none"
+    assert assess([question, *client("没有，从来没有")]).level == "none"
+    assert assess([question, *client("有")]).level == "high"
+    assert assess([question, *client("以前有过，现在好了")]).level == "medium"
+    assert assess([question, *client("不想说这个")]).level == "medium"
+
+
+def test_a_plan_split_over_turns_is_found_with_other_turns_in_between():
+    assert assess(client("我想", "从楼上跳下去")).level == "high"
+    assert assess(client("我想", "今天好热", "从楼上跳下去")).level == "high"
+    assert assess(client("我想", "少抽一点烟")).level == "none"
+
+
+def test_what_is_found_is_told_without_the_clients_words():
+    found = assess(client("我想自杀，我叫王小明"))
+    assert found.evidence
+    assert "王小明" not in repr(found)
+    assert 0 < found.score <= 1
+
+
+def test_a_minor_is_noticed_and_is_no_alarm():
+    assert assess(client("我今年13岁，想少玩手机")).minor
+    assert assess(client("我今年13岁，想少玩手机")).level == "none"
+    assert not assess(client("我今年43岁，想少玩手机")).minor
+
+
+def test_empty_histories_are_calm():
+    assert assess([]).level == "none"
+    assert assess(client("")).level == "none"
+    assert assess(client("")).category == "none"
+
+
+@pytest.mark.parametrize(
+    "history",
+    [
+        None,
+        "我想死",
+        {"role": "client", "content": "你好"},
+        ["我想死"],
+        [{"role": "user", "content": "你好"}],
+        [{"role": "client"}],
+        [{"role": "client", "content": None}],
+    ],
+)
+def test_a_malformed_history_is_an_error_that_says_what_to_pass(history):
+    with pytest.raises(HistoryError) as caught:
+        assess(history)
+    assert isinstance(caught.value, UserError)
+    assert isinstance(caught.value, TypeError)
+    assert caught.value.fix
+
+
+def test_thresholds_come_from_the_configuration():
+    vague = client("火车开过来的时候我往前迈了一步，差点就没收回来")
+    strict = SafetyConfig(classifier_medium=0.001, classifier_high=0.001)
+    deaf = SafetyConfig(classifier_medium=1.0, classifier_high=1.0)
+    assert RANK[assess(vague, strict).level] > RANK[assess(vague, deaf).level]
+    with pytest.raises(ValueError, match="classifier_high"):
+        SafetyConfig(classifier_medium=0.9, classifier_high=0.5)
+
+
+HIGH = [
+    item["history"][0]["content"]
+    for item in items("tune", "high")
+    if len(item["history"]) == 1 and item["kind"] in ("direct", "indirect", "traditional")
+    if assess(item["history"]).level == "high"
+]
+BENIGN = [
+    item["history"][0]["content"]
+    for item in items("tune", "none")
+    if len(item["history"]) == 1 and item["kind"] == "look_alike"
+]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from([t for t in HIGH if t.isascii() is False]), st.data())
+def test_spaces_between_characters_hide_nothing(text, data):
+    gaps = data.draw(st.lists(st.sampled_from(["", " ", "\u3000"]), min_size=len(text)))
+    spaced = "".join(char + gap for char, gap in zip(text, gaps, strict=False))
+    assert assess(client(spaced)).level == "high", spaced
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(["i want to kill myself", "wo bu xiang huo le", "我要zisha", "kms tonight"]))
+def test_full_width_and_capitals_hide_nothing(text):
+    wide = "".join(chr(ord(c) + 0xFEE0) if "!" <= c <= "~" else c for c in text.upper())
+    assert assess(client(wide)).level == "high"
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from(HIGH),
+    st.lists(st.sampled_from(BENIGN), max_size=4),
+    st.lists(st.sampled_from(BENIGN), max_size=4),
+)
+def test_benign_turns_around_it_never_lower_the_level(text, before, after):
+    found = assess(client(*before, text, *after))
+    assert found.level == "high"
+    assert found.score >= assess(client(text)).score
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(
+        st.fixed_dictionaries(
+            {
+                "role": st.sampled_from(["client", "counselor"]),
+                "content": st.text(st.characters(exclude_categories=()), max_size=80),
+            }
+        ),
+        max_size=6,
+    )
+)
+def test_any_text_at_all_is_assessed(history):
+    assert assess(history).level in RANK
+
+
+def test_a_very_long_turn_is_read_to_its_end():
+    filler = "今天跑了五公里，感觉不错。" * 2000
+    assert assess(client(filler)).level == "none"
+    assert assess(client(filler + "其实我不想活了")).level == "high"
