@@ -145,6 +145,6 @@ def _chromium(folder: Path, *arguments: str) -> str:
         *arguments,
     ]
     quiet = {**os.environ, "DBUS_SESSION_BUS_ADDRESS": ""}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=180, env=quiet)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400, env=quiet)
     assert done.returncode == 0, done.stderr
     return done.stdout
