@@ -195,7 +195,11 @@ def _publish(partial: Path, target: Path, is_done: Callable[[], bool]) -> None:
 
 
 def _take_over(source: Path, target: Path) -> None:
-    """Hard-link the weights where the file system allows it, copy the rest."""
+    """Hard-link large weight files where the file system allows it, copy the rest.
+
+    Small ones are copied so that a base does not change under an engine when its source is
+    written over in place.
+    """
     names = {path.name for pattern in _FILES for path in source.glob(pattern)}
     weights = {name for name in names if fnmatch(name, _SAFE)}
     weights = weights or {name for name in names if fnmatch(name, _PICKLED)}
@@ -203,13 +207,13 @@ def _take_over(source: Path, target: Path) -> None:
         raise UserError(f"{source} holds no weights", "give a complete checkpoint")
     for name in sorted(names):
         path = (source / name).resolve()
-        if name in weights:
+        if name in weights and path.stat().st_size > _HASHED_WHOLE:
             try:
                 os.link(path, target / name)
                 continue
             except OSError:
                 pass  # another file system
-        elif fnmatch(name, _PICKLED):
+        if fnmatch(name, _PICKLED) and name not in weights:
             continue
         shutil.copyfile(path, target / name)
 

@@ -284,7 +284,9 @@ def save(name: str, model: Any, trained: dict[str, Any], pieces: bytes, director
     chat_format.save_chat_format(directory, FORMAT[name])
 
 
-def train_trunk(dialogues: list[Dialogue], trained: dict[str, Any], work: Path) -> Any:
+def train_trunk(
+    dialogues: list[Dialogue], trained: dict[str, Any], work: Path, compiled: bool = True
+) -> Any:
     """The trunk's weights (state dict), trained or taken from its finished checkpoint."""
     import torch
 
@@ -292,7 +294,7 @@ def train_trunk(dialogues: list[Dialogue], trained: dict[str, Any], work: Path) 
     model = tiny_layouts.llama_model()
     tokenizer = tiny_tokenizers.with_specials(trained, tiny_tokenizers.LLAMA3_SPECIALS)
     batches = blocks(_wrapped(tokenizer), "tiny-llama3", dialogues, TRUNK)
-    train(model, batches, TRUNK, work / "trunk.pt")
+    train(model, batches, TRUNK, work / "trunk.pt", compiled)
     return model.state_dict()
 
 
@@ -303,6 +305,7 @@ def train_branch(
     trained: dict[str, Any],
     pieces: bytes,
     work: Path,
+    compiled: bool = True,
 ) -> Any:
     """One model after its own phase, in fp32."""
     from milm_ray.models.sentencepiece_fast import fast_tokenizer
@@ -316,7 +319,7 @@ def train_branch(
         tokenizer = tiny_tokenizers.with_specials(trained, specials)
     phase = BRANCHES[name]
     batches = blocks(_wrapped(tokenizer), name, dialogues, phase)
-    train(model, batches, phase, work / f"{name}.pt")
+    train(model, batches, phase, work / f"{name}.pt", compiled)
     return model
 
 
@@ -357,6 +360,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--model", choices=sorted(BRANCHES), help="only this one (default: all)")
     parser.add_argument("--work", type=Path, default=Path("pretrain-work"), help="checkpoints")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--eager", action="store_true", help="without torch.compile: half as fast")
     options = parser.parse_args(arguments)
 
     import torch
@@ -365,10 +369,12 @@ def main(arguments: list[str] | None = None) -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     training, held_out = read_smilechat(options.corpus)
     trained, pieces = tokenizers(options.work, training)
-    trunk = train_trunk(training, trained, options.work)
+    trunk = train_trunk(training, trained, options.work, not options.eager)
     for name in [options.model] if options.model else sorted(BRANCHES):
         directory = options.out / name
-        model = train_branch(name, trunk, training, trained, pieces, options.work)
+        model = train_branch(
+            name, trunk, training, trained, pieces, options.work, not options.eager
+        )
         save(name, model, trained, pieces, directory)
         figures = measure(name, directory, options.work, held_out)
         (directory / FIGURES).write_text(json.dumps(figures, ensure_ascii=False, indent=2) + "\n")

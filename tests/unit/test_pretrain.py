@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from milm_ray import samples
 from milm_ray.samples import pretrain, tiny_layouts
+
+SAMPLES = Path(samples.__path__[0])
 
 
 def write_dialogue(folder: Path, name: str, turns: list[tuple[str, str]]) -> None:
@@ -119,3 +122,35 @@ def test_glm_starts_as_the_trunk_where_nothing_turns(trunk: dict[str, torch.Tens
     everywhere_zero = torch.zeros(1, 50, dtype=torch.long)
     same = {"input_ids": ids, "position_ids": everywhere_zero}
     torch.testing.assert_close(glm(**same).logits, llama(**same).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_the_script_makes_three_models_and_goes_on_where_it_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    phase = pretrain.Phase(steps=1, batch=1, length=64, start=0, decay=True)
+    monkeypatch.setattr(pretrain, "TRUNK", phase)
+    monkeypatch.setattr(pretrain, "BRANCHES", dict.fromkeys(pretrain.BRANCHES, phase))
+    monkeypatch.setattr(pretrain, "HELD_OUT_SHARE", 10)
+    monkeypatch.setattr(pretrain, "EVALUATED", 2)
+    work = tmp_path / "work"
+    work.mkdir()
+    models = SAMPLES / "models"
+    # The shipped tokenizers: the sample dialogues are too few to train a vocabulary of 4,800.
+    trained = json.loads((models / "tiny-llama3" / "tokenizer.json").read_text(encoding="utf-8"))
+    trained |= {"added_tokens": [], "post_processor": None}
+    (work / "byte_level.json").write_text(json.dumps(trained), encoding="utf-8")
+    pieces = (models / "tiny-baichuan2" / "tokenizer.model").read_bytes()
+    (work / "tokenizer.model").write_bytes(pieces)
+    arguments = ["--corpus", str(SAMPLES / "SmileChat"), "--out", str(tmp_path / "out")]
+    arguments += ["--work", str(work), "--eager"]
+    pretrain.main(arguments)
+    for name in pretrain.BRANCHES:
+        made, shipped = tmp_path / "out" / name, models / name
+        assert {path.name for path in made.iterdir()} == {path.name for path in shipped.iterdir()}
+        for file in ("chat_template.jinja", "generation_config.json", "tokenizer_config.json"):
+            assert (made / file).read_text() == (shipped / file).read_text()
+        figures = json.loads((made / pretrain.FIGURES).read_text())
+        assert figures["perplexity_per_token"] > 1000  # hardly trained, near the vocabulary's size
+    capsys.readouterr()
+    pretrain.main([*arguments, "--model", "tiny-glm4"])
+    assert "step" not in capsys.readouterr().out
