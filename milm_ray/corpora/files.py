@@ -2,8 +2,8 @@
 
 A location is a directory, a file, or an archive (.tar, .tar.gz, .tar.xz, .tar.bz2, .zip), local or
 a URI that pyarrow knows (s3://, gs://, hdfs://). The driver lists names only. A chunk is what one
-task reads: some files, some members of a zip, or a *segment*, a run of whole members cut out of a
-tar stream. Chunks depend on the files alone, never on the number of workers.
+task reads: some files, some members of a zip, or a *segment*, the contents of a run of a tar's
+members. Chunks depend on the files alone, never on the number of workers.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatch
-from pathlib import PurePosixPath
+from fnmatch import fnmatch, translate
+from functools import cache
 from typing import Any, BinaryIO
 
 import pyarrow as pa
@@ -75,7 +75,11 @@ class Listing:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Work for one task. kind: files | tar | segment | zip; part: its name, in output order."""
+    """Work for one task. part: its name, in output order.
+
+    kind: files (names: paths), zip (names: its path, members), tar (names: its path), segment
+    (names: members; data: their contents one after the other, sizes: bytes of each) or broken.
+    """
 
     corpus: str
     part: str
@@ -84,6 +88,7 @@ class Chunk:
     names: Sequence[str]
     limit: int | None = None
     data: bytes = b""
+    sizes: Sequence[int] = ()
 
     def row(self) -> dict[str, Any]:
         return {
@@ -94,6 +99,7 @@ class Chunk:
             "names": list(self.names),
             "limit": -1 if self.limit is None else self.limit,
             "data": self.data,
+            "sizes": list(self.sizes),
         }
 
     @classmethod
@@ -177,11 +183,10 @@ def contents(chunk: Chunk, reader: Reader) -> Iterator[tuple[str, bytes | Unusab
     if chunk.kind == "broken":
         yield chunk.names[0], Unusable("broken_archive", chunk.data.decode())
     elif chunk.kind == "segment":
-        with tarfile.open(fileobj=io.BytesIO(chunk.data), mode="r:") as archive:
-            for member in archive:
-                if member.isfile() and wanted(member.name, reader):
-                    stream = archive.extractfile(member)
-                    yield _unzipped(member.name, stream.read() if stream else b"")
+        start = 0
+        for name, size in zip(chunk.names, chunk.sizes, strict=True):
+            yield _unzipped(name, chunk.data[start : start + size])
+            start += size
     elif chunk.kind == "zip":
         yield from _zip_contents(chunk)
     else:
@@ -198,8 +203,12 @@ def contents(chunk: Chunk, reader: Reader) -> Iterator[tuple[str, bytes | Unusab
 
 def wanted(name: str, reader: Reader) -> bool:
     """Whether a member of an archive is a file of the corpus."""
-    base = _base(name)
-    return _visible(name) and any(fnmatch(base, pattern) for pattern in reader.patterns)
+    return _visible(name) and _any_of(reader.patterns).fullmatch(_base(name)) is not None
+
+
+@cache
+def _any_of(patterns: tuple[str, ...]) -> re.Pattern[str]:
+    return re.compile("|".join(translate(pattern) for pattern in patterns))
 
 
 def natural_key(name: str) -> list[tuple[int, int | str]]:
@@ -252,49 +261,54 @@ def _zip_contents(chunk: Chunk) -> Iterator[tuple[str, bytes | Unusable]]:
 
 
 def _cut_tar(chunk: Chunk, reader: Reader) -> Iterator[Chunk]:
-    """Segments of about BYTES_PER_CHUNK: whole members, so that each is a tar of its own.
-
-    Only headers are looked at here; decompressing is the one part that cannot be shared out.
-    """
+    """Segments of about BYTES_PER_CHUNK; decompressing is the one thing one task must do alone."""
     filesystem, _ = open_location(chunk.location)
     path = chunk.names[0]
-    number, files = 0, 0
-    pending = bytearray()
     limit = chunk.limit if reader.one_per_file else None
+    number, files = 0, 0
+    names: list[str] = []
+    pending: list[bytes] = []
+
+    def segment() -> Chunk:
+        part, sizes = _numbered(chunk, number), [len(data) for data in pending]
+        return replace(
+            chunk, kind="segment", part=part, names=names, sizes=sizes, data=b"".join(pending)
+        )
+
+    failure: Exception | None = None
     try:
         with (
             filesystem.open_input_stream(path, compression=None) as raw,
             _inflated(raw, path) as tar,
         ):
-            for member, is_file in _members(tar):
-                pending += member
-                if limit is not None and is_file:
-                    files += wanted(_member_name(member), reader)
-                done = limit is not None and files >= limit
-                if len(pending) >= BYTES_PER_CHUNK or done:
-                    yield replace(
-                        chunk, kind="segment", part=_numbered(chunk, number), data=bytes(pending)
-                    )
-                    number, pending = number + 1, bytearray()
-                if done:
-                    return
+            size = 0
+            for name, data in _members(tar):
+                if not wanted(name, reader):
+                    continue
+                names.append(name)
+                pending.append(data)
+                files, size = files + 1, size + len(data)
+                if files == limit:
+                    break
+                if size >= BYTES_PER_CHUNK:
+                    yield segment()
+                    number, size, names, pending = number + 1, 0, [], []
     except _BROKEN as error:
-        failure: Exception | None = error
-    else:
-        failure = None
-    if pending:
-        yield replace(chunk, kind="segment", part=_numbered(chunk, number), data=bytes(pending))
+        failure = error
+    if names:
+        yield segment()
         number += 1
     if failure:
         yield _broken(chunk, number, failure)
 
 
-def _members(tar: BinaryIO) -> Iterator[tuple[bytes, bool]]:
-    """(header and padded data, whether it is a regular file) of each member of a tar stream.
+def _members(tar: BinaryIO) -> Iterator[tuple[str, bytes]]:
+    """(name, contents) of each regular file of a tar stream.
 
-    A long name or PAX header is joined to the member that it describes.
+    A tenth of the time of tarfile's own stream. Raises EOFError where the tar breaks off, and
+    tarfile.TarError where it is none.
     """
-    before = b""
+    extended = b""  # headers that say more about the next member, such as its long name
     first = True
     while True:
         header = tar.read(_BLOCK)
@@ -306,31 +320,24 @@ def _members(tar: BinaryIO) -> Iterator[tuple[bytes, bool]]:
         if not header.strip(b"\0"):
             return
         info = tarfile.TarInfo.frombuf(header, tarfile.ENCODING, "surrogateescape")
-        padded = -(-info.size // _BLOCK) * _BLOCK if _has_data(info) else 0
+        stored = info.isreg() or info.type in _EXTENDED or info.type == tarfile.XGLTYPE
+        padded = -(-info.size // _BLOCK) * _BLOCK if stored else 0
         data = tar.read(padded)
-        if len(data) < info.size and padded:
+        if len(data) < min(padded, info.size):
             raise EOFError(f"the archive ends inside {info.name}")
-        member = before + header + data
-        if info.type in (tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK):
-            before = member
+        if info.type in _EXTENDED:
+            extended += header + data
             continue
-        before = b""
-        yield member, info.isfile()
+        if info.isreg():
+            name = _full_name(extended + header + data) if extended else info.name
+            yield name, data[: info.size]
+        extended = b""
 
 
-def _has_data(info: tarfile.TarInfo) -> bool:
-    return info.isreg() or info.type not in tarfile.SUPPORTED_TYPES or info.type in _EXTRA_HEADERS
+_EXTENDED = (tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
 
 
-_EXTRA_HEADERS = (
-    tarfile.XHDTYPE,
-    tarfile.XGLTYPE,
-    tarfile.GNUTYPE_LONGNAME,
-    tarfile.GNUTYPE_LONGLINK,
-)
-
-
-def _member_name(member: bytes) -> str:
+def _full_name(member: bytes) -> str:
     with tarfile.open(fileobj=io.BytesIO(member), mode="r:") as archive:
         info = archive.next()
     return info.name if info else ""
@@ -379,9 +386,9 @@ def _is_archive(path: str) -> bool:
 
 
 def _base(path: str) -> str:
-    return PurePosixPath(path).name
+    return path.rpartition("/")[2]
 
 
 def _visible(path: str) -> bool:
     """Not a hidden file and not the copy of one that macOS puts into archives."""
-    return not _base(path).startswith(".") and "__MACOSX" not in PurePosixPath(path).parts
+    return not _base(path).startswith(".") and "__MACOSX/" not in path

@@ -7,7 +7,6 @@ is a dialogue.
 
 from __future__ import annotations
 
-from pathlib import PurePosixPath
 from typing import Any
 
 from milm_ray.corpora.reading import (
@@ -27,7 +26,7 @@ _ROLES: dict[str, Role] = {"user": "client", "assistant": "counselor"}
 
 def _parse(parsed: Parsed, text: str, limit: int | None) -> None:
     # The two files number their records separately.
-    prefix = "test-" if "_test_" in PurePosixPath(parsed.name).name else ""
+    prefix = "test-" if "_test_" in parsed.name.rpartition("/")[2] else ""
     found: list[tuple[str, list[Pair], str, dict[str, int]]] = []
     for number, record in json_records(parsed, text, limit):
         identity = record.get("id")

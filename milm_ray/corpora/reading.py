@@ -15,7 +15,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from pathlib import PurePosixPath
 from typing import Any
 
 from milm_ray.schema import Dialogue, Reject, Role, Turn
@@ -23,6 +22,7 @@ from milm_ray.schema import Dialogue, Reject, Role, Turn
 STAGE = "ingest"
 Pair = tuple[Role, str]
 
+_ENDINGS = re.compile(r"(\.(txt|json|jsonl|csv|utf8|gz))+$")
 # Code points that no UTF-8 file may hold, and control characters other than tab and newline.
 _UNUSABLE = re.compile("[\ud800-\udfff\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 
@@ -137,8 +137,7 @@ class Reader:
 
 def stem(name: str) -> str:
     """The file's name without folders and without any of its known endings: case_0, 17."""
-    base = PurePosixPath(name).name
-    return re.sub(r"(\.(txt|json|jsonl|csv|utf8|gz))+$", "", base)
+    return _ENDINGS.sub("", name.rpartition("/")[2])
 
 
 def preview(data: bytes) -> str:
@@ -299,10 +298,10 @@ def arrange(pairs: Sequence[Pair], changes: Counter[str]) -> list[Turn]:
 
 def text_of(value: Any, what: str) -> str:
     """A string field of a record; a missing one is empty. Raises Unusable("wrong_shape")."""
-    if value is None:
-        return ""
     if isinstance(value, str):
         return value
+    if value is None:
+        return ""
     raise Unusable("wrong_shape", f"{what} must be text, not {type(value).__name__}")
 
 
@@ -319,7 +318,8 @@ def items_of(value: Any, what: str) -> list[dict[str, Any]]:
 
 def role_of(roles: Mapping[str, Role], speaker: Any) -> Role:
     """The role of a corpus's own speaker name. Raises Unusable("unknown_speaker")."""
-    role = roles.get(speaker) if isinstance(speaker, str) else None
-    if role is None:
-        raise Unusable("unknown_speaker", f"{speaker!r} is none of {', '.join(roles)}")
-    return role
+    try:
+        return roles[speaker]
+    except (KeyError, TypeError):
+        names = ", ".join(roles)
+        raise Unusable("unknown_speaker", f"{speaker!r} is none of {names}") from None
