@@ -14,7 +14,7 @@ from milm_ray.config import LLMSection
 from milm_ray.errors import UserError
 from milm_ray.llm.client import BudgetReached, LLMClient, Rejected
 from milm_ray.llm.exchange import Answer, Row, Task, exchange
-from milm_ray.llm.limits import reach_limits
+from milm_ray.llm.limits import SharedLimits
 from milm_ray.llm.reply_store import ReplyStore
 from milm_ray.workspace import Workspace
 
@@ -53,12 +53,17 @@ class Asker:
     """
 
     def __init__(
-        self, settings: LLMSection, workspace: Workspace, task: Task, limits: Any, secrets: Secrets
+        self,
+        settings: LLMSection,
+        workspace: Workspace,
+        task: Task,
+        limits: SharedLimits,
+        secrets: Secrets,
     ) -> None:
         secrets.install()
         self._task = task
         self._store = ReplyStore(workspace, settings.recorded)
-        self._client = LLMClient(settings, self._store, reach_limits(limits))
+        self._client = LLMClient(settings, self._store, limits)
         self._stopped: UserError | None = None
 
     async def __call__(self, batch: pa.Table) -> Any:

@@ -1,26 +1,50 @@
 """Limits that hold for all callers together: requests in flight, rates, and money.
 
 `Limits` is the plain object; `shared_limits` puts one into a named Ray actor, so that every process
-of the cluster draws on the same allowance. Without Ray the object itself is used.
+and every job of the cluster draws on the same allowance. Without Ray the object itself is used.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
+import logging
+import random
 import time
+import uuid
 from collections import deque
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from milm_ray.config import LLMSection
+from milm_ray.errors import UserError
+
+log = logging.getLogger("milm_ray")
+
+_IDLE_S = 600.0  # after so long without a call the actor ends; the next job starts another
+
+
+@dataclass
+class _Sent:
+    at: float
+    tokens: int
 
 
 @dataclass
 class _Lease:
-    tokens: int
+    account: str
     cost: float
     expires: float
+    sent: _Sent
+
+
+@dataclass
+class _Account:
+    """One run's money: USD spent so far, and the most that it may spend."""
+
+    spent: float
+    most: float | None
 
 
 class Gate(Protocol):
@@ -32,116 +56,154 @@ class Gate(Protocol):
 
 
 class Limits:
-    """Concurrency, requests and tokens per minute, and a budget.
+    """Concurrency, requests and tokens per minute of one endpoint, and each run's budget.
 
     A call takes a lease before it is sent and gives it back with what it really used. A lease whose
     holder died expires, so that a lost process does not narrow the others for good.
     """
 
-    def __init__(self, settings: LLMSection, spent: float = 0.0) -> None:
-        """spent: USD that replies of earlier runs have cost already."""
+    def __init__(self, settings: LLMSection) -> None:
         self._settings = settings
-        self._spent = spent
+        self._accounts = {"": _Account(0.0, settings.max_cost)}
         self._leases: dict[int, _Lease] = {}
-        self._last = 0
-        self._window: deque[tuple[float, int]] = deque()  # (sent at, tokens), the last minute
+        self._window: deque[_Sent] = deque()  # the calls of the last minute
         self._changed = asyncio.Event()
+        self._last_call = time.monotonic()
 
-    async def acquire(self, tokens: int, cost: float) -> int | None:
+    def open_account(self, account: str, settings: LLMSection, spent: float) -> None:
+        """Begin a run: its limits hold from now on; spent: USD that its earlier replies cost."""
+        self._settings = settings
+        self._accounts[account] = _Account(spent, settings.max_cost)
+
+    async def acquire(self, tokens: int, cost: float, account: str = "") -> int | None:
         """Wait for a place; returns a lease, or None when the budget does not allow the call.
 
         tokens: estimate of prompt and completion together; cost: the most the call can cost in USD.
         """
         while True:
-            now = time.monotonic()
+            now = self._last_call = time.monotonic()
             self._expire(now)
-            wait = self._blocked_for(now, tokens, cost)
+            wait = self._blocked_for(now, tokens, cost, account)
             if wait is None:
                 return None
             if wait <= 0:
-                self._last += 1
+                # Not a counter: after a restart of the actor an old lease must not match a new one.
+                lease = random.getrandbits(62)
+                sent = _Sent(now, tokens)
                 expires = now + 2 * self._settings.timeout_s + 30
-                self._leases[self._last] = _Lease(tokens, cost, expires)
-                self._window.append((now, tokens))
-                return self._last
+                self._leases[lease] = _Lease(account, cost, expires, sent)
+                self._window.append(sent)
+                return lease
             self._changed.clear()
             try:
                 await asyncio.wait_for(self._changed.wait(), wait)
             except TimeoutError:
                 continue
 
-    async def release(self, lease: int, tokens: int | None, cost: float | None) -> None:
+    async def release(
+        self, lease: int, tokens: int | None, cost: float | None, account: str = ""
+    ) -> None:
         """Give a lease back; tokens and cost are what the call used, None where unknown."""
         held = self._leases.pop(lease, None)
-        self._spent += cost or 0.0
-        if held is not None and tokens is not None and self._window:
-            # The window holds an estimate; put the difference on the newest entry.
-            sent, counted = self._window[-1]
-            self._window[-1] = (sent, max(0, counted + tokens - held.tokens))
+        if account in self._accounts:
+            self._accounts[account].spent += cost or 0.0
+        if held is not None and tokens is not None:
+            held.sent.tokens = tokens
         self._changed.set()
+
+    async def end_when_idle(self) -> None:
+        """As an actor that outlives its job: end when nobody has called for a while."""
+        import ray
+
+        while time.monotonic() - self._last_call < _IDLE_S:
+            await asyncio.sleep(_IDLE_S / 10)
+        ray.actor.exit_actor()
 
     def _expire(self, now: float) -> None:
         for number in [n for n, lease in self._leases.items() if lease.expires < now]:
             del self._leases[number]
-        while self._window and self._window[0][0] <= now - 60:
+        while self._window and self._window[0].at <= now - 60:
             self._window.popleft()
 
-    def _blocked_for(self, now: float, tokens: int, cost: float) -> float | None:
+    def _blocked_for(self, now: float, tokens: int, cost: float, account: str) -> float | None:
         """Seconds after which to look again: 0 when free now, None when never (budget)."""
-        limits = self._settings
-        if limits.max_cost is not None:
-            reserved = sum(lease.cost for lease in self._leases.values())
-            if self._spent + reserved + cost > limits.max_cost:
+        limits, money = self._settings, self._accounts.get(account)
+        if money is not None and money.most is not None:
+            mine = [lease.cost for lease in self._leases.values() if lease.account == account]
+            if money.spent + sum(mine) + cost > money.most:
                 # Calls in flight reserve the most that they can cost: look again when they end.
-                return 5.0 if self._leases else None
+                return 5.0 if mine else None
         if len(self._leases) >= limits.concurrency:
             return 5.0
+        next_slot = self._window[0].at + 60 - now + 0.001 if self._window else 0.0
         if limits.requests_per_minute and len(self._window) >= limits.requests_per_minute:
-            return self._window[0][0] + 60 - now + 0.001
+            return next_slot
         if limits.tokens_per_minute and self._window:
-            used = sum(counted for _, counted in self._window)
+            used = sum(sent.tokens for sent in self._window)
             if used + tokens > limits.tokens_per_minute:
-                return self._window[0][0] + 60 - now + 0.001
+                return next_slot
         return 0.0
 
 
-class _RemoteGate:
-    """The limits in a Ray actor, as seen from a calling process."""
+@dataclass(frozen=True)
+class SharedLimits:
+    """A run's access to the limits in a Ray actor; may be handed to other processes."""
 
-    def __init__(self, actor: Any) -> None:
-        self._actor = actor
+    actor: Any
+    account: str
 
     async def acquire(self, tokens: int, cost: float) -> int | None:
-        return await self._actor.acquire.remote(tokens, cost)
+        """As Limits.acquire; UserError when the actor is lost, since the budget is lost with it."""
+        from ray.exceptions import RayActorError
+
+        try:
+            return await self.actor.acquire.remote(tokens, cost, self.account)
+        except RayActorError as error:
+            raise UserError(
+                f"the process that holds the LLM's limits was lost ({type(error).__name__})",
+                "run the same command again; replies received so far are kept",
+            ) from None
 
     async def release(self, lease: int, tokens: int | None, cost: float | None) -> None:
-        await self._actor.release.remote(lease, tokens, cost)
+        from ray.exceptions import RayActorError
+
+        with contextlib.suppress(RayActorError):  # the next acquire says so
+            await self.actor.release.remote(lease, tokens, cost, self.account)
 
 
-def shared_limits(settings: LLMSection, spent: float = 0.0) -> Any:
-    """The actor that holds the cluster's limits for one endpoint; it lives while it is referenced.
+def shared_limits(settings: LLMSection, spent: float = 0.0) -> SharedLimits:
+    """The cluster's limits for the endpoint of `settings`, with an account for one run.
 
-    Every call with the same settings reaches the same actor while one is alive. Hand it to the
-    asking processes, which use it through `reach_limits`.
+    spent: USD that the run's earlier replies have cost. The actor is found by the endpoint's name,
+    outlives the job, so that a killed one's successor meets the same rates, and ends when idle.
     """
     import ray
 
-    name = "milm_ray-limits-" + hashlib.sha256(settings.model_dump_json().encode()).hexdigest()[:16]
-    return (
-        ray.remote(Limits)
-        .options(
-            name=name,
-            namespace="milm_ray",
-            get_if_exists=True,
-            num_cpus=0,
-            max_concurrency=100_000,
-            max_restarts=-1,
-            max_task_retries=-1,
+    endpoint = f"{settings.base_url}|{settings.model}"
+    name = f"milm_ray-limits-{hashlib.sha256(endpoint.encode()).hexdigest()[:16]}"
+    account = uuid.uuid4().hex
+    for _ in range(3):
+        actor = (
+            ray.remote(Limits)
+            .options(
+                name=name,
+                namespace="milm_ray",
+                lifetime="detached",
+                get_if_exists=True,
+                num_cpus=0,
+                max_concurrency=100_000,
+            )
+            .remote(settings)
         )
-        .remote(settings, spent)
+        try:
+            ray.get(actor.open_account.remote(account, settings, spent))
+        except ray.exceptions.RayActorError as error:  # it ended just then
+            log.debug("limits: %s", error)
+            time.sleep(1)
+            continue
+        actor.end_when_idle.remote()
+        return SharedLimits(actor, account)
+    raise UserError(
+        "the actor that holds the LLM's limits could not be started",
+        "see the Ray logs; run the same command again",
     )
-
-
-def reach_limits(actor: Any) -> Gate:
-    """The gate to limits held by `actor`, for a process that was handed it."""
-    return _RemoteGate(actor)

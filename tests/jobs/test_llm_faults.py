@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,26 @@ def workspace_with_dialogues(root: Path) -> Workspace:
     return workspace
 
 
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[None]:
+    """One cluster for all jobs here, as in production: it outlives the jobs that are killed."""
+    import ray
+
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    for last in (False, False, True):
+        try:
+            started = ray.init(address="local", num_cpus=2, include_dashboard=False)
+            break
+        except Exception:  # a busy machine may need more than Ray's own 30 seconds
+            ray.shutdown()
+            if last:
+                raise
+    os.environ["RAY_ADDRESS"] = started.address_info["gcs_address"]
+    yield
+    del os.environ["RAY_ADDRESS"]
+    ray.shutdown()
+
+
 def job(config: Path) -> subprocess.Popen[str]:
     command = [sys.executable, str(ROOT / "jobs" / "transcribe.py"), "--config", str(config)]
     environment = {**os.environ, "TEST_LLM_KEY": KEY}
@@ -132,8 +153,8 @@ def test_a_misbehaving_server_leaves_every_row_accounted_for(tmp_path: Path) -> 
     assert KEY not in stored
 
 
-def asker_processes(process: subprocess.Popen[str]) -> list[psutil.Process]:
-    found = psutil.Process(process.pid).children(recursive=True)
+def asker_processes() -> list[psutil.Process]:
+    found = psutil.Process().children(recursive=True)
     return [child for child in found if "Asker" in " ".join(child.cmdline())]
 
 
@@ -164,7 +185,7 @@ def test_killed_at_random_moments_it_finishes_and_asks_nothing_twice(tmp_path: P
                 assert wait_for_replies(server, process, moment)
             time.sleep(pick.uniform(0, 0.4))
             if victim == "actor":
-                for child in asker_processes(process):
+                for child in asker_processes():
                     child.kill()
                 continue
             if victim == "server":
@@ -174,11 +195,10 @@ def test_killed_at_random_moments_it_finishes_and_asks_nothing_twice(tmp_path: P
                 assert "does not answer" in output
                 server = ServerProcess(tmp_path / "log.jsonl", port=server.port, **slow)
             else:
-                orphans = psutil.Process(process.pid).children(recursive=True)
                 os.kill(process.pid, signal.SIGKILL)
                 process.communicate()
-                # The cluster that the driver had started ends with it.
-                psutil.wait_procs(orphans, timeout=60)
+                # The cluster ends the dead job's actors; what reaches them before that is stored.
+                psutil.wait_procs(asker_processes(), timeout=60)
             process = job(config)
         output, _ = process.communicate()
         assert process.returncode == 0, output
