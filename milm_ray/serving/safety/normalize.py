@@ -141,6 +141,7 @@ def normalize(text: str, mixed: bool = True) -> str:
         text = _SINGLES.sub(lambda m: _NOT_WORD.sub("", m.group()), text)
     text = _LEET_WORD.sub(_unleet, text)
     text = _LETTER_RUN.sub(lambda m: re.sub("[^a-z]", "", m.group()), text)
+    text = text.replace("《", "，书里，")  # a title: the rules read it as a story
     text = _CLAUSE_END.sub(BREAK, text)
     text = re.sub(rf"[^0-9a-z{_HAN}，]+", " ", text)
     text = _HAN_GAP.sub("", text)
