@@ -161,8 +161,12 @@ def optimizer_step(
     if not torch.isfinite(total):
         bad = [p for p, value in zip(packs, own.tolist(), strict=True) if not _finite(value)]
         raise Diverged("the loss is not finite", _everywhere(bad))
+    # Without ZeRO and in fp32 DeepSpeed clips, but does not keep the norm.
+    gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+    plain = torch.nn.utils.get_total_norm(gradients) if gradients else None
     engine.step()
-    norm = float(engine.get_global_grad_norm())
+    kept = engine.get_global_grad_norm()
+    norm = float(plain if kept is None else kept)
     if not _finite(norm):
         raise Diverged("the gradient is not finite", _everywhere(packs))
     return StepResult(float(total), norm)

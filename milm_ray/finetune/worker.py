@@ -149,7 +149,8 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
 
     from milm_ray.finetune.engine import Diverged
 
-    logging.getLogger("ray.train").setLevel(logging.WARNING)
+    # This logger bears its file's name, so that the run's log level does not reach it.
+    logging.getLogger(ray.train.v2._internal.execution.context.__file__).setLevel(logging.WARNING)
     transformers.utils.logging.disable_progress_bar()
     task: Task = config["task"]
     torch.set_num_threads(max(1, int(task.settings.cpus_per_worker)))

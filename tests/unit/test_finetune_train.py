@@ -1,0 +1,149 @@
+"""The training loop in processes of its own: ZeRO stages, two workers, resuming."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.slow
+
+SETTINGS = {
+    "learning_rate": 3e-3,
+    "epochs": 2,
+    "precision": "fp32",
+    "cutoff": 200,
+    "logging_steps": 1,
+    "save_steps": 2,
+    "pack_tokens": 500,
+    "gradient_checkpointing": False,
+    "lora": {"rank": 4, "alpha": 8},
+}
+
+
+def dialogues(count):
+    """Rows of schema.MI_DIALOGUES, as far as training reads them."""
+    lines = (ROOT / "milm_ray/samples/recorded/transcription.jsonl").read_text(encoding="utf-8")
+    rows = []
+    for line in lines.splitlines()[:count]:
+        turns = json.loads(json.loads(line)["reply"])["dialogue"]
+        rows.append({"dialogue_id": f"d{len(rows)}", "turns": turns[: 2 + 2 * (len(rows) % 2)]})
+    return rows
+
+
+def run(tmp_path, base, workers, runs):
+    """Run `runs` in `workers` processes; returns the outcome of each finished run by name."""
+    out = tmp_path / f"out-{workers}"
+    out.mkdir()
+    spec = tmp_path / f"spec-{workers}.json"
+    spec.write_text(
+        json.dumps(
+            {
+                "workers": workers,
+                "model": "llama3",
+                "base": str(base),
+                "rows": dialogues(11),
+                "rendezvous": str(tmp_path / f"meet-{workers}"),
+                "out": str(out),
+                "runs": [{**r, "settings": {**SETTINGS, **r.get("settings", {})}} for r in runs],
+            }
+        ),
+        encoding="utf-8",
+    )
+    env = {**os.environ, "PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, str(ROOT / "tests/finetune_worker.py"), str(spec)]
+    processes = [
+        subprocess.Popen([*command, str(rank)], cwd=ROOT, env=env) for rank in range(workers)
+    ]
+    assert [process.wait(timeout=600) for process in processes] == [0] * workers
+    found = {r["name"]: out / f"{r['name']}.json" for r in runs}
+    return {n: json.loads(p.read_text(encoding="utf-8")) for n, p in found.items() if p.exists()}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    from milm_ray.models.checkpoint import prepare_base
+
+    source = ROOT / "milm_ray/samples/models/tiny-llama3"
+    return prepare_base(source, None, tmp_path_factory.mktemp("bases"), "llama3")
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory, base):
+    tmp_path = tmp_path_factory.mktemp("finetune")
+    one = run(
+        tmp_path,
+        base,
+        1,
+        [
+            {"name": "plain", "settings": {"zero_stage": 0}},
+            {"name": "killed", "die_after": 2},
+            {"name": "resumed", "resume_from": "killed/step-2"},
+            {"name": "checkpointed", "settings": {"gradient_checkpointing": True}},
+        ],
+    )
+    two = run(
+        tmp_path,
+        base,
+        2,
+        [
+            {"name": "zero2", "settings": {"gradient_accumulation": 4, "zero_stage": 2}},
+            {"name": "zero3", "settings": {"gradient_accumulation": 4, "zero_stage": 3}},
+            {
+                "name": "killed3",
+                "die_after": 2,
+                "settings": {"gradient_accumulation": 4, "zero_stage": 3},
+            },
+            {
+                "name": "resumed3",
+                "resume_from": "killed3/step-2",
+                "settings": {"gradient_accumulation": 4, "zero_stage": 3},
+            },
+        ],
+    )
+    return {**one, **two}
+
+
+def curve(outcome):
+    return [(row["step"], row["loss"], row["grad_norm"]) for row in outcome["log"]]
+
+
+def test_training_lowers_the_loss(outcomes):
+    losses = [row["loss"] for row in outcomes["plain"]["log"]]
+    assert len(losses) == 4
+    assert sum(losses[2:]) < sum(losses[:2])
+
+
+@pytest.mark.parametrize("name", ["resumed", "checkpointed", "zero2", "zero3", "resumed3"])
+def test_the_same_curve(outcomes, name):
+    """One worker or two, any ZeRO stage, interrupted or not: the same training."""
+    expected, found = curve(outcomes["plain"]), curve(outcomes[name])
+    assert len(found) == len(expected)
+    for (step, loss, norm), (other_step, other_loss, other_norm) in zip(
+        expected, found, strict=True
+    ):
+        assert step == other_step
+        assert other_loss == pytest.approx(loss, abs=1e-4)
+        assert other_norm == pytest.approx(norm, rel=1e-3)
+
+
+def test_adapters_are_the_same_and_complete(outcomes, tmp_path_factory, base):
+    from safetensors.torch import load_file
+
+    root = tmp_path_factory.getbasetemp()
+    files = {
+        path.parts[-4]: path for path in root.rglob("step-4/adapter/adapter_model.safetensors")
+    }
+    assert {"plain", "zero2", "zero3", "resumed"} <= files.keys()
+    expected = load_file(files["plain"])
+    assert len(expected) == 2 * 7 * 4
+    for name in ("zero2", "zero3", "resumed", "resumed3"):
+        found = load_file(files[name])
+        assert found.keys() == expected.keys()
+        for key, tensor in expected.items():
+            assert (found[key] - tensor).abs().max() < 2e-4, (name, key)
