@@ -65,15 +65,10 @@ class ModelReplica:
                 loaded.shape(request, chat=kind == "chat")
             replies = await getattr(self._server, kind)(request)
             async for reply in replies:
-                if isinstance(reply, list):  # pieces of a stream, the few that came together
-                    text = "".join(str(piece) for piece in reply)
-                    yield 200, text.replace(f'"model":"{engine_id}"', f'"model":"{public_id}"')
-                elif hasattr(reply, "error"):
-                    status = int(reply.error.code or 500)
-                    yield status, error_body(status, reply.error.message)
-                else:
-                    reply.model = public_id
-                    yield 200, reply.model_dump_json()
+                # A stream comes as lists of the pieces that were ready together.
+                pieces = reply if isinstance(reply, list) else [reply]
+                for piece in pieces:
+                    yield _reply(piece, engine_id, public_id)
         except ValidationError as error:
             problems = "; ".join(
                 f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()
@@ -93,6 +88,17 @@ class ModelReplica:
 
     def _loader(self, **_limits: Any) -> _Loader:
         return _Loader(self._adapters)
+
+
+def _reply(piece: Any, engine_id: str, public_id: str) -> tuple[int, str]:
+    """One thing the engine said as (HTTP status, text), under the name the client knows."""
+    if isinstance(piece, str):
+        return 200, piece.replace(f'"model":"{engine_id}"', f'"model":"{public_id}"')
+    if hasattr(piece, "error"):
+        status = int(piece.error.code or 500)
+        return status, error_body(status, piece.error.message)
+    piece.model = public_id
+    return 200, piece.model_dump_json()
 
 
 class _Loaded:
