@@ -29,7 +29,8 @@ class Estimate:
 class Column:
     """A column: `digits` decimals for floats; numbers stand right-aligned in equal-width digits.
 
-    interval: its cells are Estimates; wrap: its text may break over lines.
+    interval: its cells are Estimates; wrap: its text may break over lines; least: a number below it
+    is shown as being below it.
     """
 
     label: str
@@ -37,6 +38,7 @@ class Column:
     numeric: bool = False
     interval: bool = False
     wrap: bool = False
+    least: float | None = None
 
 
 @dataclass(frozen=True)
@@ -189,6 +191,13 @@ class Section:
     blocks: Sequence[Any] = ()
     sources: Sequence[Source] = ()
     absent: str = ""
+
+
+def absent(id: str, title: str, artifact: str, job: str) -> Section:
+    """A section whose artifact no job has made yet."""
+    return Section(
+        id, title, absent=f"{artifact} is not in this workspace. jobs/{job}.py makes it."
+    )
 
 
 def images(ws: Workspace, artifact: str, captions: Mapping[str, str]) -> list[Image]:

@@ -21,6 +21,7 @@ from milm_ray.report.blocks import (
     Section,
     Speech,
     Table,
+    absent,
     images,
 )
 from milm_ray.report.models import remarks
@@ -35,7 +36,7 @@ Manifests = Mapping[str, Mapping[str, Any]]
 def corpora(ws: Workspace, found: Manifests) -> Section:
     """What was read from each corpus, what was repaired and what could not be used."""
     if "dialogues" not in found:
-        return _absent("corpora", "Corpora", "dialogues/", "ingest")
+        return absent("corpora", "Corpora", "dialogues/", "ingest")
     summary = found["dialogues"]["corpora"]
     rounds = _mean_rounds(ws)
     rows = [
@@ -121,7 +122,7 @@ def _reject_table(stage: str, rejects: Mapping[tuple[str, str], int]) -> list[An
 def curation(ws: Workspace, found: Manifests) -> Section:
     """Figure 2: the judge's verdicts per corpus, and which corpora were kept on which scale."""
     if "selection" not in found:
-        return _absent("curation", "Curation", "selection/", "curate")
+        return absent("curation", "Curation", "selection/", "curate")
     selection = json.loads(ws.read_text("selection", "selection.json"))
     selected, corpora_ = selection["selected"], selection["corpora"]
     maxima = selection["maxima"]
@@ -211,7 +212,7 @@ def _estimate(cell: Mapping[str, Any]) -> Estimate:
 def transcription(ws: Workspace, found: Manifests) -> Section:
     """Counts, cost and rejects of the rewrite into MI style, and one dialogue before and after."""
     if "mi_dialogues" not in found:
-        return _absent("transcription", "Transcription into MI", "mi_dialogues/", "transcribe")
+        return absent("transcription", "Transcription into MI", "mi_dialogues/", "transcribe")
     manifest = found["mi_dialogues"]
     counts, spent = manifest["counts"], usage(manifest)
     table = ws.read_table("mi_dialogues")
@@ -288,7 +289,7 @@ _PAPER_SETS = {"corpus cpsycound": "cpsycound", "MI train": "train", "MI test": 
 def statistics(ws: Workspace, found: Manifests) -> Section:
     """Table 3: dialogues, rounds and lengths of turns, the paper's figures beside ours."""
     if "statistics" not in found:
-        return _absent("statistics", "Statistics", "statistics/", "split")
+        return absent("statistics", "Statistics", "statistics/", "split")
     table3 = json.loads(ws.read_text("statistics", "table3.json"))
     rows = []
     for ours in table3["rows"]:
@@ -334,10 +335,4 @@ def statistics(ws: Workspace, found: Manifests) -> Section:
         "split.",
         [table, *remarks("statistics")],
         source_list(found, "statistics", "train", "test", "test_rounds"),
-    )
-
-
-def _absent(id: str, title: str, artifact: str, job: str) -> Section:
-    return Section(
-        id, title, absent=f"{artifact} is not in this workspace. jobs/{job}.py makes it."
     )

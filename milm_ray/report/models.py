@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from milm_ray.config import Config
@@ -15,11 +13,10 @@ from milm_ray.report import paper
 from milm_ray.report.blocks import (
     Column,
     Estimate,
-    Example,
     Remark,
-    Reply,
     Section,
     Table,
+    absent,
     images,
 )
 from milm_ray.report.run import source_list
@@ -33,7 +30,6 @@ METRIC_NAMES = {
     "chrf": "chrF",
 }
 _SIDES = ("base", "adapter")
-_EXAMPLES = 3
 
 Manifests = Mapping[str, Mapping[str, Any]]
 
@@ -74,7 +70,7 @@ def finetune(config: Config, ws: Workspace, found: Manifests) -> Section:
     """Settings, last losses and loss curves of the adapters."""
     adapters = [place for place in found if place.startswith("adapters/")]
     if not adapters:
-        return _absent("finetune", "Fine-tuning", "adapters/", "finetune")
+        return absent("finetune", "Fine-tuning", "adapters/", "finetune")
     rows = []
     for place in adapters:
         log = _training_log(ws, place)
@@ -157,7 +153,7 @@ def model_label(config: Config, model: str) -> str:
 def results(config: Config, ws: Workspace, found: Manifests) -> Section:
     """Figure 3 and its table: base against MI-LLM with intervals, the paper's BLEU-4 beside."""
     if "metrics" not in found:
-        return _absent("results", "Base against MI-LLM", "metrics/", "score")
+        return absent("results", "Base against MI-LLM", "metrics/", "score")
     summary = json.loads(ws.read_text("metrics", "summary.json"))
     counts = found["metrics"]["counts"]
     groups = {(g["model"], g["variant"], g["sampling"]): g for g in summary["groups"]}
@@ -167,7 +163,7 @@ def results(config: Config, ws: Workspace, found: Manifests) -> Section:
     for sampling in samplings:
         rows = []
         models = {model for model, _, s in groups if s == sampling}
-        for model in sorted(models, key=_name_order(config)):
+        for model in sorted(models, key=name_order(config)):
             sides = [groups.get((model, side, sampling), {}).get("scores", {}) for side in _SIDES]
             for metric in summary["metrics"]:
                 gain = gained.get((model, sampling), {}).get(metric, {})
@@ -198,7 +194,7 @@ def gains(config: Config, ws: Workspace, found: Manifests) -> dict[str, float]:
         return {}
     summary = json.loads(ws.read_text("metrics", "summary.json"))
     rows = [d for d in summary["differences"] if d["sampling"] == "greedy"]
-    rows.sort(key=lambda row: _name_order(config)(row["model"]))
+    rows.sort(key=lambda row: name_order(config)(row["model"]))
     return {row["model"]: row["scores"]["bleu_4"]["difference"] for row in rows}
 
 
@@ -214,7 +210,7 @@ def _score_table(
             Column("Base", digits=2, numeric=True, interval=True),
             Column("MI-LLM", digits=2, numeric=True, interval=True),
             Column("Gain", digits=2, numeric=True, interval=True),
-            Column("p", digits=3, numeric=True),
+            Column("p", digits=3, numeric=True, least=0.001),
             Column("Paper, base → MI-LLM", numeric=True),
         ],
         rows,
@@ -222,7 +218,8 @@ def _score_table(
             f"{counts['rounds']:,} rounds of {counts['dialogues']:,} dialogues. Intervals are "
             f"bootstrap percentiles over {resamples:,} resamples of whole dialogues, because the "
             "rounds of a dialogue are not independent. The gain is paired by round; p is "
-            "two-sided, from flipping the sign of whole dialogues.",
+            "two-sided, from flipping the sign of whole dialogues. A round without a reply is in "
+            "neither.",
             "The paper's column is its Figure 3, of which only BLEU-4 was available to us. Its "
             "models have 7 to 9 billion parameters; its test rounds are other ones.",
         ],
@@ -242,116 +239,12 @@ def _estimate(row: Mapping[str, Any], name: str) -> Estimate:
     return Estimate(row.get(name), row.get("low"), row.get("high"))
 
 
-def examples(config: Config, ws: Workspace, found: Manifests) -> Section:
-    """A few test rounds with the reference and every model's two greedy replies."""
-    if not {"predictions", "test_rounds"} <= found.keys():
-        return _absent("examples", "What they say", "predictions/", "generate")
-    predictions = ws.read_table(
-        "predictions", ["dialogue_id", "round_index", "model", "variant", "sampling", "text"]
-    )
-    samplings = predictions["sampling"].unique().to_pylist()
-    sampling = "greedy" if "greedy" in samplings else sorted(samplings)[0]
-    predictions = predictions.filter(pc.field("sampling") == sampling)
-    scores = _scores(ws, found, sampling)
-    said: dict[tuple[str, int], dict[tuple[str, str], str]] = defaultdict(dict)
-    for row in predictions.to_pylist():
-        said[row["dialogue_id"], row["round_index"]][row["model"], row["variant"]] = row["text"]
-
-    blocks: list[Any] = [_replies_table(found["predictions"])]
-    for row in _spread(ws, set(said)):
-        key = (row["dialogue_id"], row["round_index"])
-        replies = [
-            Reply(
-                model_label(config, model),
-                said[key].get((model, "base"), ""),
-                said[key].get((model, "adapter"), ""),
-                scores.get((*key, model, "base"), ""),
-                scores.get((*key, model, "adapter"), ""),
-            )
-            for model in sorted({model for model, _ in said[key]}, key=_name_order(config))
-        ]
-        topic = f" · {row['topic']}" if row["topic"] else ""
-        blocks.append(
-            Example(
-                f"Dialogue {row['dialogue_id'][:8]}, round {row['round_index']}{topic}",
-                row["input"],
-                row["output"],
-                replies,
-            )
-        )
-    return Section(
-        "examples",
-        "What they say",
-        "Rounds taken at even distances through the test set, not chosen for how they read.",
-        blocks,
-        source_list(found, "predictions", "test_rounds"),
-    )
-
-
-def _replies_table(manifest: Mapping[str, Any]) -> Table:
-    """How many replies each run gave, and how many were empty, cut or asked with less history."""
-    keys = ("predictions", "empty", "cut_at_max_new_tokens", "prompts_shortened")
-    rows = [
-        [*run.split("/"), *(counts[key] for key in keys), counts["completion_tokens"]]
-        for run, counts in manifest["runs"].items()
-    ]
-    return Table(
-        "predictions",
-        "Replies by model, variant and decoding",
-        [
-            Column("Model"),
-            Column("Variant"),
-            Column("Decoding"),
-            Column("Replies", numeric=True),
-            Column("Empty", numeric=True),
-            Column("Cut at the limit", numeric=True),
-            Column("Prompt shortened", numeric=True),
-            Column("Tokens written", numeric=True),
-        ],
-        rows,
-        ["A prompt too long for the model loses its oldest rounds, never the newest client turn."],
-        grouped=True,
-    )
-
-
-def _name_order(config: Config) -> Any:
+def name_order(config: Config) -> Callable[[str], tuple[int, str]]:
+    """A sort key for models: the order of the configuration, then those it does not know."""
     order = list(config.models)
     return lambda model: (order.index(model) if model in order else len(order), model)
-
-
-def _spread(ws: Workspace, keys: set[tuple[str, int]]) -> list[dict[str, Any]]:
-    """Up to three predicted rounds at even distances, in the order of dialogue and round."""
-    ids = ws.read_table("test_rounds", ["dialogue_id", "round_index"]).to_pylist()
-    order = sorted(
-        key for key in {(r["dialogue_id"], r["round_index"]) for r in ids} if key in keys
-    )
-    count = min(_EXAMPLES, len(order))
-    chosen = [order[(2 * i + 1) * len(order) // (2 * count)] for i in range(count)]
-    table = ws.read_table("test_rounds")
-    wanted = table.filter(pc.field("dialogue_id").isin([dialogue for dialogue, _ in chosen]))
-    rows = {(r["dialogue_id"], r["round_index"]): r for r in wanted.to_pylist()}
-    return [rows[key] for key in chosen]
-
-
-def _scores(ws: Workspace, found: Manifests, sampling: str) -> dict[tuple[Any, ...], str]:
-    """A short line of scores per reply, where they have been scored."""
-    if "metrics" not in found:
-        return {}
-    table = ws.read_table("metrics").filter(pc.field("sampling") == sampling)
-    return {
-        (r["dialogue_id"], r["round_index"], r["model"], r["variant"]): (
-            f"BLEU-4 {r['bleu_4']:.1f} · ROUGE-L {r['rouge_l']:.1f}"
-        )
-        for r in table.to_pylist()
-    }
 
 
 def _mean(values: list[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
-
-
-def _absent(id: str, title: str, artifact: str, job: str) -> Section:
-    return Section(
-        id, title, absent=f"{artifact} is not in this workspace. jobs/{job}.py makes it."
-    )

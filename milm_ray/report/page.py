@@ -8,7 +8,7 @@ from importlib.resources import files
 from typing import Any
 
 from milm_ray.config import Config
-from milm_ray.report import data, models, paper, run
+from milm_ray.report import data, models, paper, replies, run
 from milm_ray.report.blocks import Remark, Section, Table
 from milm_ray.workspace import Workspace
 
@@ -45,7 +45,7 @@ def sections(
         models.benchmarks(),
         models.finetune(config, ws, found),
         models.results(config, ws, found),
-        models.examples(config, ws, found),
+        replies.examples(config, ws, found),
     ]
 
 

@@ -166,7 +166,8 @@ NOTES = (
     Note(
         "finetune",
         "Rank, alpha, target layers, cutoff, seeds, validation split and hardware are not stated.",
-        "LLaMA-Factory's defaults, the tool the paper used, each a documented configuration key.",
+        "The defaults here are those of LLaMA-Factory, the tool the paper used; each is a "
+        "configuration key, and the table shows what this run used.",
     ),
     Note(
         "results",

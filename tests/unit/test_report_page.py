@@ -81,7 +81,8 @@ def test_scores_on_the_page_are_those_of_the_metrics(built: tuple[Config, Worksp
     assert float(of_glm4["Base"]) == gain["base"]
     assert float(of_glm4["MI-LLM"]) == gain["adapter"]
     assert float(of_glm4["Gain low"]) == gain["low"]
-    assert f"{gain['difference']:.2f}" in _Page(html).text
+    shown = f"{gain['difference']:.2f} {gain['low']:.2f} to {gain['high']:.2f}"
+    assert shown in re.sub(r"\s+", " ", _Page(html).text)
 
 
 def test_paper_stands_beside_each_model(built: tuple[Config, Workspace, str]) -> None:
@@ -138,6 +139,16 @@ def test_examples_show_reference_and_both_replies(built: tuple[Config, Workspace
     assert report_sample.REFERENCE in text
     for reply in report_sample.REPLIES.values():
         assert text.count(reply) == 3 * len(report_sample.MODELS)
+
+
+def test_replies_are_counted_and_their_length_is_set_beside_the_references(
+    built: tuple[Config, Workspace, str],
+) -> None:
+    _, ws, html = built
+    rows = list(csv.DictReader(io.StringIO(ws.read_text("report", "predictions.csv"))))
+    of_base = next(row for row in rows if row["Model"] == "llama3" and row["Variant"] == "base")
+    assert float(of_base["Characters each"]) == len(report_sample.REPLIES["base"])
+    assert f"{len(report_sample.REFERENCE):.1f} characters on average" in _Page(html).text
 
 
 def test_transcription_pair_shows_source_and_rewrite(built: tuple[Config, Workspace, str]) -> None:
