@@ -1,0 +1,217 @@
+"""The whole pipeline as a user runs it: killed at several stages, resumed, submitted as a job."""
+
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[2]
+RAY = str(Path(sys.executable).parent / "ray")
+QUICKSTART = "jobs/configs/quickstart.yaml"
+# The quickstart itself, cut short: every stage and every model, fewer steps and tokens.
+SHORT = [
+    "split.test_dialogues=3",
+    "finetune.epochs=2",
+    "finetune.save_steps=4",
+    "generate.max_new_tokens=16",
+]
+STEPS = 16  # 63 dialogues in steps of 8, two epochs
+KILLED_AT = [
+    r"\[1/8\] ingest \| start",
+    r"finetune \w+ \| step 6/",
+    r"generate \| endpoints at",
+]
+
+
+def pipeline(workspace: Path, kill_at: str | None = None) -> tuple[int, str]:
+    """Run the pipeline; SIGKILL the driver when a line matches. Returns (exit code, output)."""
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "jobs/pipeline.py", "--config", QUICKSTART),
+            *(f"workspace={workspace}", *SHORT),
+        ],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    lines = []
+    assert process.stdout is not None
+    for line in process.stdout:
+        lines.append(line)
+        if kill_at and re.search(kill_at, line):
+            process.send_signal(signal.SIGKILL)
+            break
+    process.stdout.close()
+    return process.wait(timeout=120), "".join(lines)
+
+
+def manifests(workspace: Path) -> dict[str, str]:
+    return {
+        str(path.parent.relative_to(workspace)): path.read_text()
+        for path in workspace.rglob("manifest.json")
+    }
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A workspace finished after three SIGKILLs, and the last run's output."""
+    workspace = tmp_path_factory.mktemp("pipeline") / "run"
+    before: dict[str, str] = {}
+    for pattern in KILLED_AT:
+        code, output = pipeline(workspace, kill_at=pattern)
+        assert code == -signal.SIGKILL, output
+        now = manifests(workspace)
+        redone = [name for name in before if now.get(name) != before[name]]
+        assert not redone, f"finished stages were redone: {redone}"
+        before = now
+    code, output = pipeline(workspace)
+    assert code == 0, output
+    now = manifests(workspace)
+    assert all(now[name] == text for name, text in before.items())
+    return workspace, output
+
+
+def test_every_artifact_is_there_with_its_manifest(finished):
+    workspace, _ = finished
+    for artifact in (
+        *("dialogues", "verdicts", "selection", "mi_dialogues", "train", "test", "test_rounds"),
+        *("adapters/baichuan2", "adapters/glm4", "adapters/llama3", "adapters"),
+        *("predictions", "metrics", "report"),
+    ):
+        manifest = json.loads((workspace / artifact / "manifest.json").read_text())
+        assert manifest["made_from"]["settings"], artifact
+        assert manifest["versions"]["ray"], artifact
+
+
+def test_the_killed_training_went_on_from_its_checkpoint(finished):
+    workspace, _ = finished
+    for model in ("baichuan2", "glm4", "llama3"):
+        log = pq.read_table(workspace / "adapters" / model / "log.parquet").to_pylist()
+        steps = [row["step"] for row in log]
+        assert steps == sorted(set(steps)), f"{model}: a step was logged twice: {steps}"
+        assert steps[-1] == STEPS
+        assert log[-1]["loss"] < log[0]["loss"]
+
+
+def test_no_reply_was_asked_for_twice(finished):
+    workspace, _ = finished
+    keys = Counter(
+        json.loads(line)["key"]
+        for path in (workspace / "replies").glob("*.jsonl")
+        for line in path.read_text(encoding="utf-8").splitlines()
+    )
+    assert keys
+    assert max(keys.values()) == 1
+
+
+def test_every_round_has_one_prediction_of_every_model_and_variant(finished):
+    workspace, _ = finished
+    files = sorted((workspace / "predictions").glob("*.parquet"))
+    rows = [row for file in files for row in pq.read_table(file).to_pylist()]
+    rounds = pq.read_table(sorted((workspace / "test_rounds").glob("*.parquet"))[0]).to_pylist()
+    wanted = {
+        (row["dialogue_id"], row["round_index"], model, variant)
+        for row in rounds
+        for model in ("baichuan2", "glm4", "llama3")
+        for variant in ("base", "adapter")
+    }
+    found = [(r["dialogue_id"], r["round_index"], r["model"], r["variant"]) for r in rows]
+    assert len(found) == len(set(found))
+    assert set(found) == wanted
+
+
+def test_the_test_set_shares_no_source_with_training(finished):
+    workspace, _ = finished
+
+    def sources(artifact: str) -> set[str]:
+        files = sorted((workspace / artifact).glob("*.parquet"))
+        return {s for f in files for s in pq.read_table(f)["source_dialogue_id"].to_pylist()}
+
+    assert sources("train")
+    assert sources("test")
+    assert not sources("train") & sources("test")
+
+
+def test_the_report_is_one_page_with_its_figures(finished):
+    workspace, _ = finished
+    page = (workspace / "report" / "index.html").read_text(encoding="utf-8")
+    assert page.count("data:image/png;base64,") >= 3
+    assert not re.search(r"""(src|href)=["']https?://[^"']+\.(js|css|png|woff2?)""", page)
+
+
+def test_a_finished_pipeline_is_left_alone(finished):
+    workspace, _ = finished
+    before = manifests(workspace)
+    code, output = pipeline(workspace)
+    assert code == 0, output
+    assert manifests(workspace) == before
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture
+def head_node() -> Iterator[str]:
+    """The job server of a Ray head node of its own, token authentication on as by default."""
+    port = _free_port()
+    # Sockets live under the directory, and their paths must stay short.
+    with tempfile.TemporaryDirectory(prefix="ray") as directory:
+        process = subprocess.Popen(
+            [
+                *(RAY, "start", "--head", "--block", "--num-cpus=2", "--disable-usage-stats"),
+                *(
+                    "--port=0",
+                    f"--ray-client-server-port={_free_port()}",
+                    f"--temp-dir={directory}",
+                ),
+                *(f"--dashboard-port={port}", "--dashboard-agent-listen-port=0"),
+            ],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        assert process.stdout is not None
+        lines = []
+        for line in process.stdout:
+            lines.append(line)
+            if "--block" in line:
+                break
+        else:
+            pytest.fail("ray start did not come up:\n" + "".join(lines))
+        yield f"http://127.0.0.1:{port}"
+        process.send_signal(signal.SIGTERM)
+        process.wait(timeout=60)
+
+
+def test_the_same_line_works_under_ray_job_submit(head_node, tmp_path):
+    done = subprocess.run(
+        [
+            *(RAY, "job", "submit", "--address", head_node),
+            *("--working-dir", ".", "--", sys.executable, "jobs/pipeline.py"),
+            *("--config", QUICKSTART, f"workspace={tmp_path / 'run'}", *SHORT),
+            "finetune.epochs=1",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=800,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert "succeeded" in done.stdout.lower()
+    assert (tmp_path / "run" / "report" / "index.html").exists()
