@@ -20,7 +20,6 @@ import pyarrow.parquet as pq
 from milm_ray.config import Config, LLMSection
 from milm_ray.errors import UserError
 from milm_ray.llm.client import LLMClient, Rejected
-from milm_ray.llm.limits import Limits
 from milm_ray.llm.progress import Progress
 from milm_ray.llm.replies import Request, Subject
 from milm_ray.llm.reply_store import ReplyStore
@@ -33,8 +32,7 @@ from milm_ray.workspace import Workspace
 
 ROUNDS = "test_rounds"
 
-_ROUNDS_PER_BLOCK = 16
-_BLOCKS_AT_ONCE = 8
+_ROUNDS_PER_BLOCK = 8
 _KEY_ENV = "MILM_RAY_API_KEY"
 _STOPPED = "stopped"
 _OUTCOME = pa.schema(
@@ -104,16 +102,18 @@ def predict(
     blocks = ray.data.from_arrow(
         [pa.Table.from_pylist([place]) for place in _places(workspace, files)]
     )
-    actors = max(1, config.generate.concurrency // 128)
+    actors = max(1, config.generate.concurrency // 256)
+    per_actor = -(-config.generate.concurrency // actors)
+    at_once = 2 + -(-per_actor // (_ROUNDS_PER_BLOCK * max(1, len(wanted))))
     outcomes = blocks.map_batches(
         _Predictor,
         batch_size=None,
         batch_format="pyarrow",
-        # Several blocks at a time: later ones fill the engines while the last of one are awaited.
+        # Two blocks more than fill the engines: they follow while the last of one are awaited.
         compute=ray.data.ActorPoolStrategy(
             size=actors,
-            max_tasks_in_flight_per_actor=_BLOCKS_AT_ONCE,
-            max_concurrent_calls_per_actor=_BLOCKS_AT_ONCE,
+            max_tasks_in_flight_per_actor=at_once,
+            max_concurrent_calls_per_actor=at_once,
         ),
         num_cpus=0.1,  # it mostly waits, and the engines hold most of the cluster
         fn_constructor_kwargs={
@@ -121,7 +121,7 @@ def predict(
             "workspace": workspace,
             "runs": list(wanted),
             "base_url": base_url,
-            "concurrency": max(1, config.generate.concurrency // actors),
+            "concurrency": per_actor,
         },
     )
     with Progress("generate", total * len(wanted), cost=0.0) as progress:
@@ -189,9 +189,10 @@ class _Predictor:
         self._runs = runs
         self._tokenizers = {run.base: _Tokenizer(run.base) for run in runs}
         self._budget = config.serve.max_model_len - config.generate.max_new_tokens
-        gate = Limits(LLMSection(concurrency=concurrency))
+        # First come, first served: the order in which rounds are asked is the prefix cache's.
+        self._places = asyncio.Semaphore(concurrency)
         self._clients = {
-            run: LLMClient(_settings(config, run, base_url), self._store, gate) for run in runs
+            run: LLMClient(_settings(config, run, base_url), self._store) for run in runs
         }
 
     async def __call__(self, batch: pa.Table) -> AsyncIterator[pa.Table]:
@@ -223,7 +224,8 @@ class _Predictor:
         }
         try:
             request = Request(messages, subject=subject, version=run.version)
-            reply = await self._clients[run].complete(request)
+            async with self._places:
+                reply = await self._clients[run].complete(request)
         except Rejected as error:
             return {**prediction, "failure": error.reason, "detail": error.detail}
         except UserError as error:

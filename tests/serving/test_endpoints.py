@@ -47,6 +47,35 @@ def test_an_adapter_answers_otherwise_than_its_base(client: openai.OpenAI) -> No
         assert base != adapter
 
 
+def test_greedy_replies_are_those_of_transformers_and_peft(
+    served: Served, client: openai.OpenAI
+) -> None:
+    """The engine's own kernels, fused layers and adapters against the reference, token by token."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from milm_ray.models.chat_format import encode_prompt
+
+    for name, base in served.bases.items():
+        tokenizer = AutoTokenizer.from_pretrained(base)
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        ids = torch.tensor([encode_prompt(tokenizer, name, ASKED)])
+        for endpoint in (name, f"{name}:mi"):
+            if endpoint != name:
+                model = PeftModel.from_pretrained(model, served.workspace.path("adapters", name))
+            reply = model.eval().generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=False,
+                min_new_tokens=16,
+                max_new_tokens=16,
+                eos_token_id=[],
+            )
+            expected = tokenizer.decode(reply[0, ids.shape[1] :], skip_special_tokens=True)
+            assert say(client, endpoint) == expected
+
+
 def test_base_requests_are_untouched_by_adapter_requests_beside_them(
     client: openai.OpenAI,
 ) -> None:
