@@ -163,10 +163,10 @@ def optimizer_step(
         raise Diverged("the loss is not finite", _everywhere(bad))
     # Without ZeRO and in fp32 DeepSpeed clips, but does not keep the norm.
     gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
-    plain = torch.nn.utils.get_total_norm(gradients) if gradients else None
+    norm = float(torch.nn.utils.get_total_norm(gradients))
     engine.step()
     kept = engine.get_global_grad_norm()
-    norm = float(plain if kept is None else kept)
+    norm = norm if kept is None else float(kept)
     if not _finite(norm):
         raise Diverged("the gradient is not finite", _everywhere(packs))
     return StepResult(float(total), norm)

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from milm_ray.errors import UserError
-from milm_ray.models.chat_format import IGNORE_INDEX, encode_dialogue, fit
-from milm_ray.models.messages import Message, dialogue_messages
+from milm_ray.models.chat_format import IGNORE_INDEX, Message, encode_dialogue, fit
+from milm_ray.models.messages import dialogue_messages
 from milm_ray.schema import turns_of
 
 
@@ -91,7 +91,7 @@ def tokenise(
 def _add(
     result: Tokenised,
     name: str,
-    messages: list[Message],
+    messages: Sequence[Message],
     tokenizer: Any,
     chat_format: str,
     cutoff: int,
@@ -99,12 +99,11 @@ def _add(
 ) -> None:
     input_ids, labels = encode_dialogue(tokenizer, chat_format, messages)
     if len(input_ids) > cutoff:
-        kept, dropped = fit(tokenizer, chat_format, messages, cutoff, training=True)
-        input_ids, labels = encode_dialogue(tokenizer, chat_format, kept)
+        messages, dropped = fit(tokenizer, chat_format, messages, cutoff, training=True)
+        input_ids, labels = encode_dialogue(tokenizer, chat_format, messages)
         if len(input_ids) > cutoff:
             result.too_long.append(name)
             return
-        messages = kept
         result.shortened += 1
         result.rounds_dropped += dropped
     if last_only:

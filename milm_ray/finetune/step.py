@@ -1,4 +1,4 @@
-"""The training step, without Ray: a packed forward pass with logits at label places only.
+"""The training step, without Ray: a packed forward pass, and the loss where a label is.
 
 The loss of an optimizer step is the sum of the token losses of all its samples divided by the
 number of their label tokens. That is what transformers' Trainer computes for batch 1 x accumulation
@@ -9,19 +9,29 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.autograd import Function
 
 if TYPE_CHECKING:
     from milm_ray.finetune.packing import Pack
 
+# Label places per pass through the head: bounds its memory to so many rows of the vocabulary.
+HEAD_ROWS = 1024
+
 
 class PackedLoss(nn.Module):
-    """A causal language model whose output is the summed loss of a pack."""
+    """A causal language model whose output is the summed loss of a pack.
 
-    def __init__(self, model: nn.Module) -> None:
+    model: a PEFT model of a transformers decoder whose head is a frozen linear layer without bias.
+    """
+
+    def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
+        head = model.get_output_embeddings()
+        if head.bias is not None or head.weight.requires_grad:
+            raise TypeError("the head must be a frozen linear layer without bias")
 
     def forward(
         self,
@@ -35,17 +45,47 @@ class PackedLoss(nn.Module):
 
         A pack without labels gives a zero that still reaches every parameter.
         """
-        kept = places if len(places) else input_ids.new_zeros(1)
-        logits = self.model(
+        tuned: Any = self.model
+        causal = tuned.get_base_model()
+        hidden = causal.model(
             input_ids=input_ids,
             position_ids=position_ids,
-            logits_to_keep=kept,
             sample_lengths=sample_lengths,
             use_cache=False,
-        ).logits[0]
+        ).last_hidden_state[0]
         if not len(places):
-            return logits.sum() * 0.0
-        return F.cross_entropy(logits.float(), targets, reduction="sum")
+            return hidden.float().sum() * 0.0
+        # Where ZeRO 3 has divided the weight, reading it here gathers it until the pass is over.
+        return FrozenHeadLoss.apply(hidden[places], causal.lm_head.weight, targets)
+
+
+class FrozenHeadLoss(Function):
+    """Summed cross entropy of a frozen head, its gradient worked out in the forward pass.
+
+    hidden: [N, h]; weight: [V, h]; targets: [N]. As the head is not trained, the gradient by the
+    hidden states is all that the backward pass needs, so no logits outlive their chunk.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        gradient = torch.empty_like(hidden)
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        for start in range(0, len(hidden), HEAD_ROWS):
+            rows = slice(start, start + HEAD_ROWS)
+            logits = (hidden[rows] @ weight.T).float()
+            chosen = targets[rows, None]
+            norms = torch.logsumexp(logits, 1, keepdim=True)
+            total += (norms - logits.gather(1, chosen)).sum()
+            residual = logits.sub_(norms).exp_()
+            residual.scatter_add_(1, chosen, torch.full_like(norms, -1.0))
+            gradient[rows] = residual.to(weight.dtype) @ weight
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * upstream.to(gradient.dtype), None, None
 
 
 def pack_loss(module: Any, pack: Pack, device: Any = None) -> Tensor:

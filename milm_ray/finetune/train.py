@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from milm_ray.config import FinetuneSection
+from milm_ray.finetune import memory
 from milm_ray.finetune.packing import Pack, collate, shares
 from milm_ray.finetune.samples import Sample, tokenise
 from milm_ray.finetune.schedule import Schedule
@@ -60,12 +61,15 @@ def train(
     save: Save,
     resume: Path | None = None,
     say: Callable[[str], None] = print,
+    record: Callable[[dict[str, Any]], None] = lambda row: None,
 ) -> dict[str, Any]:
     """Fine-tune to the end of the schedule; returns counts and the log (on every worker).
 
-    rows: schema.MI_DIALOGUES. resume: a checkpoint written by an earlier, interrupted run. Raises
-    engine.Diverged when the loss is not finite. The process group must be up.
+    rows: schema.MI_DIALOGUES. resume: a checkpoint written by an earlier, interrupted run. say,
+    record: told of progress and of each log row, on rank 0. Raises engine.Diverged when the loss is
+    not finite, UserError when memory will not do. The process group must be up.
     """
+    import torch
     from transformers import AutoTokenizer
 
     from milm_ray.finetune.engine import (
@@ -76,8 +80,10 @@ def train(
         save_state,
         start_engine,
     )
+    from milm_ray.finetune.step import HEAD_ROWS
 
     settings = task.settings
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = AutoTokenizer.from_pretrained(task.base)
     data = tokenise(rows, tokenizer, task.chat_format, settings.cutoff, settings.unit)
     schedule = Schedule(
@@ -89,6 +95,17 @@ def train(
         kind=settings.schedule,
         warmup_ratio=settings.warmup_ratio,
     )
+    longest = max(settings.pack_tokens, max(len(s.input_ids) for s in data.samples))
+    need = memory.estimate(
+        json.loads((Path(task.base) / "config.json").read_text(encoding="utf-8")),
+        settings,
+        workers,
+        min(longest, data.tokens),
+        HEAD_ROWS,
+    )
+    memory.check(task.model, need, device)
+    if rank == 0:
+        say(f"{schedule.steps} steps on {len(data.samples)} samples; {need.text()}")
     model = lora_model(task.base, settings, task.lora_targets, task.seed, task.identity)
     engine = start_engine(model, settings)
     progress = Progress()
@@ -129,6 +146,7 @@ def train(
             progress.losses = []
             tokens, since = 0, time.perf_counter()
             if rank == 0:
+                record(row)
                 say(
                     f"step {progress.step}/{schedule.steps}  epoch {row['epoch']:.2f}  "
                     f"loss {row['loss']:.4f}  lr {rate:.2e}  grad norm {row['grad_norm']:.2f}  "

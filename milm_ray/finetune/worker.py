@@ -80,7 +80,7 @@ def fit(task: Task, source: Source, workspace: str, table: str, run_name: str) -
             storage_filesystem=place.filesystem,
             failure_config=FailureConfig(max_failures=settings.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=_KEPT),
-            logging_config=LoggingConfig(log_level="WARNING"),
+            logging_config=LoggingConfig(log_level="WARNING"),  # type: ignore[call-arg]
         ),
     )
     try:
@@ -116,15 +116,17 @@ def _trainer_class() -> Any:
     """TorchTrainer; on a local cluster without the actor that frees placement groups after the
     driver's death: there the cluster dies with the driver, and the actor asks a dashboard that is
     not running."""
-    from ray.train.torch import TorchTrainer
+    from ray.train import torch as ray_torch
+
+    trainer: Any = ray_torch.TorchTrainer
 
     if not _is_local():
-        return TorchTrainer
+        return trainer
     from ray.train.v2._internal.callbacks.placement_group_callback import (
         PlacementGroupCleanerCallback,
     )
 
-    class LocalTrainer(TorchTrainer):
+    class LocalTrainer(trainer):
         def _create_default_callbacks(self) -> list[Any]:
             callbacks = super()._create_default_callbacks()
             return [cb for cb in callbacks if not isinstance(cb, PlacementGroupCleanerCallback)]
@@ -146,11 +148,12 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
     import ray.train
     import torch
     import transformers
+    from ray.train.v2._internal.execution import context as train_context
 
     from milm_ray.finetune.engine import Diverged
 
     # This logger bears its file's name, so that the run's log level does not reach it.
-    logging.getLogger(ray.train.v2._internal.execution.context.__file__).setLevel(logging.WARNING)
+    logging.getLogger(train_context.__file__).setLevel(logging.WARNING)
     transformers.utils.logging.disable_progress_bar()
     task: Task = config["task"]
     torch.set_num_threads(max(1, int(task.settings.cpus_per_worker)))

@@ -122,7 +122,7 @@ def test_packed_gradients_equal_batch_1_accumulation_8(build, targets, capacity)
 
 def test_a_sample_does_not_see_its_neighbours():
     torch.manual_seed(0)
-    model = llama().eval()
+    model = with_lora(llama(), ["q_proj"]).eval()
     use_packed_attention(model)
     module = PackedLoss(model)
     data = samples(3)

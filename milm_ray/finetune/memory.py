@@ -1,0 +1,108 @@
+"""How much memory a fine-tune needs, estimated before any weight is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from milm_ray.config import FinetuneSection
+from milm_ray.errors import UserError
+
+GIB = 2**30
+
+# Bytes per LoRA weight beside the weight itself: fp32 copy, two Adam moments, gradient.
+_ADAPTER_STATE = 4 + 8 + 4
+# Activations that one transformer layer keeps for its backward pass, in multiples of the hidden
+# size (norms, residuals, attention in and out) and of the MLP's inner size (gate, up, product).
+_KEPT_HIDDEN, _KEPT_INNER = 10, 4
+# The head works through label places in chunks of this many (step.py), fp32 logits and their copy.
+_HEAD_BYTES = 8
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes per worker."""
+
+    weights: float
+    adapter: float
+    activations: float
+    head: float
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.adapter + self.activations + self.head
+
+    def text(self) -> str:
+        parts = {
+            "weights": self.weights,
+            "adapter and optimizer": self.adapter,
+            "activations": self.activations,
+            "logits": self.head,
+        }
+        listed = ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items())
+        return f"about {self.total / GIB:.1f} GiB per worker ({listed})"
+
+
+def estimate(
+    architecture: Mapping[str, Any],
+    settings: FinetuneSection,
+    workers: int,
+    tokens: int,
+    head_rows: int,
+) -> Estimate:
+    """Memory of one worker.
+
+    architecture: the base's config.json (Llama or Glm layout). tokens: of the longest forward pass.
+    head_rows: label places that the head works on at a time.
+    """
+    hidden, layers = architecture["hidden_size"], architecture["num_hidden_layers"]
+    inner, vocabulary = architecture["intermediate_size"], architecture["vocab_size"]
+    heads = architecture["num_attention_heads"]
+    kv_heads = architecture.get("num_key_value_heads") or heads
+    width = architecture.get("head_dim") or hidden // heads
+    queries, keys = heads * width, kv_heads * width
+
+    per_layer = hidden * (queries + 2 * keys) + queries * hidden + 3 * hidden * inner
+    embeddings = vocabulary * hidden * (1 if architecture.get("tie_word_embeddings") else 2)
+    size = 2 if settings.precision == "bf16" else 4
+    split = workers if settings.zero_stage == 3 else 1
+    weights = (layers * per_layer + embeddings) * size / split
+
+    ends = 2 * (hidden + queries) + 2 * (hidden + keys) + 3 * (hidden + inner)
+    adapter = layers * settings.lora.rank * ends * (size + _ADAPTER_STATE)
+
+    kept = tokens * (_KEPT_HIDDEN * hidden + _KEPT_INNER * inner) * size
+    if settings.gradient_checkpointing:
+        activations = layers * tokens * hidden * size + kept
+    else:
+        activations = layers * kept
+    return Estimate(weights, adapter, activations, head_rows * vocabulary * _HEAD_BYTES)
+
+
+def check(model: str, need: Estimate, device: Any) -> None:
+    """UserError when the worker's device has less free memory than the estimate."""
+    free = _free(device)
+    if need.total > free:
+        raise UserError(
+            f"{model} needs {need.text()}, and {free / GIB:.1f} GiB are free on {device}",
+            "lower finetune.pack_tokens or finetune.cutoff, set finetune.gradient_checkpointing, "
+            "or share the weights: finetune.zero_stage=3 with more finetune.workers_per_model",
+        )
+
+
+def _free(device: Any) -> float:
+    """Free bytes of a GPU, or of this machine within its control group's limit."""
+    import psutil
+    import torch
+
+    if getattr(device, "type", "cpu") == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    free = float(psutil.virtual_memory().available)
+    limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
+    if limit.is_file() and used.is_file():
+        text = limit.read_text().strip()
+        if text.isdigit():
+            free = min(free, int(text) - int(used.read_text()))
+    return free
