@@ -41,11 +41,13 @@ class HelpLine(Section):
         default_factory=list, description="shown for these; empty: for all"
     )
     minors_first: bool = Field(False, description="named first when the client may be a minor")
-    checked_on: date = Field(description="day on which someone last checked that the line answers")
+    checked_on: date = Field(description="day on which the entry was last checked")
 
 
 def default_help_lines() -> list[HelpLine]:
-    """China's national lines, checked against public notices. A deployer re-checks and re-dates."""
+    """China's national lines. 12356 was checked against public notices on the day given; the others
+    are long-standing emergency and youth lines, entered that day. None was dialled: whoever deploys
+    this calls them, and re-dates the entries."""
     checked = date(2026, 11, 25)
     body: list[Category] = ["medical_emergency", "eating_disorder"]
     mind: list[Category] = ["suicide", "self_harm", "psychosis"]
