@@ -15,7 +15,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test lint format lock clean
+.PHONY: help install quickstart serve test lint format lock clean
 
 help: ## list what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -36,6 +36,9 @@ $(VENV)/.installed: $(LOCK) pyproject.toml
 quickstart: install ## the whole pipeline on the samples, offline; opens nothing, writes runs/quickstart
 	$(BIN)/python jobs/pipeline.py --config jobs/configs/quickstart.yaml
 	@echo "report: runs/quickstart/report/index.html"
+
+serve: install ## the models of CONFIG (default: the quickstart's) as OpenAI-compatible endpoints
+	$(BIN)/python jobs/serve.py --config $(or $(CONFIG),jobs/configs/quickstart.yaml)
 
 test: lint ## lint, then every test
 	$(BIN)/python -m pytest

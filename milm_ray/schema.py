@@ -126,7 +126,7 @@ class Dialogue:
 
 @dataclass(frozen=True)
 class Reject:
-    """One thing that could not be used, and why; `raw` is what was there (first 2,000 characters)."""
+    """One thing that could not be used, and why; `raw` is what was there (2,000 characters)."""
 
     stage: str
     reason: str

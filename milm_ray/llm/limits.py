@@ -183,7 +183,7 @@ def shared_limits(settings: LLMSection, spent: float = 0.0) -> SharedLimits:
     name = f"milm_ray-limits-{hashlib.sha256(endpoint.encode()).hexdigest()[:16]}"
     account = uuid.uuid4().hex
     for _ in range(3):
-        actor = (
+        actor: Any = (
             ray.remote(Limits)
             .options(
                 name=name,

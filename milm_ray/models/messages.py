@@ -30,7 +30,7 @@ def dialogue_messages(turns: Sequence[Turn], instruction: str = INSTRUCTION) -> 
 
 
 def round_messages(row: Mapping[str, Any]) -> list[Message]:
-    """What a model is asked in one round (a row of schema.ROUNDS): history and the client's turn."""
+    """What a model is asked in one round (a row of schema.ROUNDS): history, then the client."""
     turns = [
         turn
         for exchange in row["history"]

@@ -91,7 +91,8 @@ class CpuEngine(VLLMEngine):
     """
 
     async def start(self) -> None:
-        _import_architectures(self.llm_config.get_engine_config().actual_hf_model_id)
+        config: Any = self.llm_config.get_engine_config()
+        _import_architectures(config.actual_hf_model_id)
         await super().start()
 
     def _start_async_llm_engine(self, args: Any, config: Any, placement_group: Any) -> Any:
