@@ -1,0 +1,46 @@
+"""The memory estimate, against known sizes, and the error before the start."""
+
+from __future__ import annotations
+
+import pytest
+
+from milm_ray.config import FinetuneSection
+from milm_ray.errors import UserError
+from milm_ray.finetune.memory import GIB, check, estimate
+
+LLAMA3_8B = {
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+}
+
+
+def test_weights_of_llama_3_8b():
+    # 8,030,261,248 parameters, of which the norms (266,240) are not counted.
+    need = estimate(LLAMA3_8B, FinetuneSection(), 1, 8192, 1024)
+    assert need.weights / 2 == pytest.approx(8_030_261_248, rel=1e-3)
+    # 20,971,520 LoRA parameters at rank 8 on all linear layers.
+    assert need.adapter == pytest.approx(20_971_520 * 18, rel=1e-3)
+
+
+def test_what_lowers_the_need():
+    def total(workers=1, tokens=8192, **settings):
+        return estimate(LLAMA3_8B, FinetuneSection(**settings), workers, tokens, 1024).total
+
+    assert total() < 30 * GIB
+    assert total(gradient_checkpointing=False) > 60 * GIB
+    assert total(tokens=2048) < total()
+    assert total(workers=8, zero_stage=3) < total() - 13 * GIB
+    assert total(precision="fp32") > 1.9 * total()
+
+
+def test_too_little_memory_is_said_before_the_start():
+    need = estimate({**LLAMA3_8B, "num_hidden_layers": 10**5}, FinetuneSection(), 1, 8192, 1024)
+    with pytest.raises(
+        UserError, match=r"llama3 needs about .* GiB per worker .* are free"
+    ) as told:
+        check("llama3", need, "cpu")
+    assert "finetune.pack_tokens" in told.value.fix
