@@ -1,6 +1,7 @@
 """The whole pipeline as a user runs it: killed at several stages, resumed, submitted as a job."""
 
 import json
+import os
 import re
 import signal
 import socket
@@ -22,11 +23,11 @@ QUICKSTART = "jobs/configs/quickstart.yaml"
 # The quickstart itself, cut short: every stage and every model, fewer steps and tokens.
 SHORT = [
     "split.test_dialogues=3",
-    "finetune.epochs=2",
+    "finetune.epochs=1",
     "finetune.save_steps=4",
     "generate.max_new_tokens=16",
 ]
-STEPS = 16  # 63 dialogues in steps of 8, two epochs
+STEPS = 16  # 63 dialogues in steps of 4, one epoch
 KILLED_AT = [
     r"\[1/8\] ingest \| start",
     r"finetune \w+ \| step 6/",
@@ -168,6 +169,8 @@ def _free_port() -> int:
 @pytest.fixture
 def head_node() -> Iterator[str]:
     """The job server of a Ray head node of its own, token authentication on as by default."""
+    # Makes the token in the home directory, as the README tells, unless there is one.
+    subprocess.run([RAY, "get-auth-token", "--generate"], check=True, stdout=subprocess.DEVNULL)
     port = _free_port()
     # Sockets live under the directory, and their paths must stay short.
     with tempfile.TemporaryDirectory(prefix="ray") as directory:
@@ -204,13 +207,14 @@ def test_the_same_line_works_under_ray_job_submit(head_node, tmp_path):
             *(RAY, "job", "submit", "--address", head_node),
             *("--working-dir", ".", "--", sys.executable, "jobs/pipeline.py"),
             *("--config", QUICKSTART, f"workspace={tmp_path / 'run'}", *SHORT),
-            "finetune.epochs=1",
+            "models={llama3: {path: milm_ray/samples/models/tiny-llama3, chat_format: llama3}}",
         ],
         cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=800,
         check=False,
+        env={**os.environ, "RAY_AUTH_MODE": "token"},
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert "succeeded" in done.stdout.lower()
