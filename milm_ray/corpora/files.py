@@ -13,11 +13,12 @@ import gzip
 import io
 import lzma
 import os
+import pickle
 import re
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch, translate
 from functools import cache
@@ -90,22 +91,15 @@ class Chunk:
     data: bytes = b""
     sizes: Sequence[int] = ()
 
-    def row(self) -> dict[str, Any]:
-        return {
-            "corpus": self.corpus,
-            "part": self.part,
-            "kind": self.kind,
-            "location": self.location,
-            "names": list(self.names),
-            "limit": -1 if self.limit is None else self.limit,
-            "data": self.data,
-            "sizes": list(self.sizes),
-        }
+    def row(self) -> dict[str, bytes]:
+        """The chunk as a row that travels: one column, so that all kinds have one schema."""
+        return {"chunk": pickle.dumps(self)}
 
-    @classmethod
-    def of(cls, row: dict[str, Any]) -> Chunk:
-        limit = int(row["limit"])
-        return cls(**{**row, "names": list(row["names"]), "limit": None if limit < 0 else limit})
+    @staticmethod
+    def of(row: Mapping[str, bytes]) -> Chunk:
+        chunk = pickle.loads(row["chunk"])
+        assert isinstance(chunk, Chunk)
+        return chunk
 
 
 def open_location(location: str) -> tuple[pafs.FileSystem, str]:

@@ -147,7 +147,7 @@ def _read_all(work: list[Chunk], config: Config, workspace: Workspace) -> Iterat
 
 
 def _chunks(work: list[Chunk]) -> ray.data.Dataset:
-    """The chunks as a dataset, archives already cut. Columns: those of Chunk."""
+    """The chunks as a dataset, archives already cut. One column: `chunk`, a pickled Chunk."""
     import ray.data
 
     datasets: list[ray.data.Dataset] = []
@@ -164,13 +164,13 @@ def _chunks(work: list[Chunk]) -> ray.data.Dataset:
     return datasets[0].union(*datasets[1:]) if len(datasets) > 1 else datasets[0]
 
 
-def _cut_row(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def _cut_row(row: dict[str, bytes]) -> Iterator[dict[str, bytes]]:
     chunk = Chunk.of(row)
     for piece in cut(chunk, READERS[chunk.corpus]):
         yield piece.row()
 
 
-def _read_row(row: dict[str, Any], workspace: Workspace, sign: bool) -> dict[str, Any]:
+def _read_row(row: dict[str, bytes], workspace: Workspace, sign: bool) -> dict[str, bytes]:
     return {"part": pickle.dumps(read_chunk(Chunk.of(row), workspace, sign))}
 
 
