@@ -99,7 +99,7 @@ def rejected(counts: Mapping[str, Any]) -> int | None:
 
 def usage(manifest: Mapping[str, Any]) -> Mapping[str, Any]:
     """Replies, tokens and cost of the language-model calls behind an artifact; {} without any."""
-    return manifest.get("usage", {})
+    return manifest.get("usage") or {}
 
 
 def flow(found: Mapping[str, Mapping[str, Any]]) -> Flow:
