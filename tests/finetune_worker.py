@@ -24,6 +24,7 @@ def main(spec_file: str, rank: int) -> None:
     from torch import distributed
 
     from milm_ray.config import FinetuneSection
+    from milm_ray.finetune.engine import Diverged
     from milm_ray.finetune.train import Task, train
     from milm_ray.models import registry
 
@@ -75,6 +76,8 @@ def main(spec_file: str, rank: int) -> None:
             )
         except Killed:
             continue
+        except Diverged as error:
+            outcome = {"what": error.what, "names": error.names}
         if rank == 0:
             (out / f"{run['name']}.json").write_text(json.dumps(outcome), encoding="utf-8")
     distributed.destroy_process_group()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from milm_ray.workspace import Workspace
 
 # Checkpoints that stay beside a finished run; the last one is the finished state.
 _KEPT = 2
+_BOARD = "tensorboard"
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,7 @@ def fit(task: Task, source: Source, workspace: str, table: str, run_name: str) -
             "source": source,
             "workspace": workspace,
             "table": table,
+            "run_name": run_name,
         },
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
         scaling_config=ScalingConfig(
@@ -145,6 +148,9 @@ def _root_cause(error: BaseException) -> str:
 def _worker(config: dict[str, Any]) -> dict[str, Any]:
     """What each worker of a run does. Errors a user can act on are returned, not raised: Ray Train
     would start the workers again, to the same end."""
+    # transformers would import scikit-learn, scipy and pandas for a decoding method not used here:
+    # a third of a worker's start-up. To find no scikit-learn is a case it provides for.
+    sys.modules.setdefault("sklearn", None)  # type: ignore[arg-type]
     import ray.train
     import torch
     import transformers
@@ -166,7 +172,10 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
         rows = Workspace.open(config["workspace"]).read_table(config["table"]).to_pylist()
         ready = replace(task, base=str(base))
         checkpoint = ray.train.get_checkpoint()
-        run = _Run(ready, rows, rank, context.get_world_size())
+        place = config["workspace"]
+        # Event files are appended to, which object stores do not do; log.parquet is everywhere.
+        events = None if "://" in place else Path(place, "checkpoints", config["run_name"], _BOARD)
+        run = _Run(ready, rows, rank, context.get_world_size(), events)
         if checkpoint is None:
             return run(None)
         with checkpoint.as_directory() as directory:
@@ -187,6 +196,7 @@ class _Run:
     rows: list[dict[str, Any]]
     rank: int
     workers: int
+    events: Path | None
 
     def __call__(self, resume: Path | None) -> dict[str, Any]:
         return train(
@@ -197,7 +207,26 @@ class _Run:
             save=_report,
             resume=resume,
             say=lambda text: print(f"finetune {self.task.model} | {text}", flush=True),
+            record=_board(self.events),
         )
+
+
+def _board(directory: Path | None) -> Callable[[dict[str, Any]], None]:
+    """Writes log rows as TensorBoard events; where there is no directory, drops them."""
+    if directory is None:
+        return lambda row: None
+    from tensorboardX import SummaryWriter
+
+    board: list[Any] = []
+
+    def record(row: dict[str, Any]) -> None:
+        if not board:
+            board.append(SummaryWriter(str(directory), purge_step=row["step"]))
+        for name in ("loss", "learning_rate", "grad_norm", "tokens_per_s"):
+            board[0].add_scalar(f"train/{name}", row[name], row["step"])
+        board[0].flush()
+
+    return record
 
 
 def _report(step: int, write: Callable[[Path], None]) -> None:

@@ -200,6 +200,7 @@ def test_killed_worker_and_killed_driver_end_where_an_undisturbed_run_ends(tmp_p
         } <= names
         settings = json.loads((home / "adapters" / model / "adapter_config.json").read_text())
         assert settings["base_model_name_or_path"] == f"tiny-{model}"
+    assert list(home.glob("checkpoints/glm4-*/tensorboard/events.out.*"))
     card = (home / "adapters" / "glm4" / "README.md").read_text(encoding="utf-8")
     assert "# glm-4-mi" in card
     assert "Built with glm-4" in card
