@@ -21,24 +21,14 @@ def loss_curves(logs: Mapping[str, Sequence[Mapping[str, Any]]], title: str) -> 
         colour = _COLOURS[number % len(_COLOURS)]
         epochs = [row["epoch"] for row in rows]
         losses = [row["loss"] for row in rows]
-        axes.plot(epochs, losses, color=colour, marker="o", markersize=3, label=model)
-        if rows:
-            axes.annotate(
-                f"{losses[-1]:.2f}",
-                (epochs[-1], losses[-1]),
-                xytext=(6, 0),
-                textcoords="offset points",
-                va="center",
-                color=colour,
-            )
+        label = f"{model}, at the end {losses[-1]:.2f}" if rows else model
+        axes.plot(epochs, losses, color=colour, marker="o", markersize=3, label=label)
     axes.set_xlabel("epoch")
     axes.set_ylabel("training loss (nats per counselor token)")
     axes.set_title(title)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.margins(x=0.08)
-    if len(logs) > 1:
-        axes.legend(frameon=False)
+    axes.legend(frameon=False)
     image = io.BytesIO()
     FigureCanvasAgg(figure).print_png(image)
     return image.getvalue()
