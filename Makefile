@@ -15,7 +15,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart serve test lint format lock clean
+.PHONY: help install quickstart serve test soak lint format lock clean
 
 help: ## list what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -42,6 +42,9 @@ serve: install ## the models of CONFIG (default: the quickstart's) as OpenAI-com
 
 test: lint ## lint, then every test
 	$(BIN)/python -m pytest
+
+soak: install ## jobs killed at random moments and run again, against a misbehaving LLM server
+	MILM_FAULT_ROUNDS=20 $(BIN)/python -m pytest -m soak
 
 lint: install ## ruff, mypy, import-linter
 	$(BIN)/ruff check .
