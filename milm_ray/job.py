@@ -136,9 +136,11 @@ def _arguments(description: str, argv: Sequence[str] | None) -> argparse.Namespa
 
 def connect(config: Config) -> None:
     """Join the cluster named by RAY_ADDRESS (as in a submitted job), or start a local one."""
-    # Both are read when Ray is imported.
+    # All are read when Ray is imported. Without the last, Ray takes the progress lines of models
+    # that train side by side for repetitions and swallows them.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "0" if sys.stdout.isatty() else "1")
+    os.environ.setdefault("RAY_DEDUP_LOGS", "0")
     import ray
 
     if ray.is_initialized():
