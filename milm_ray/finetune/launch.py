@@ -62,7 +62,7 @@ def _settings(config: Config, model: str) -> dict[str, Any]:
     source: dict[str, Any] = {"hub_id": section.hub_id, "revision": section.revision}
     if section.path and "://" not in section.path:
         text = template(section.chat_format)
-        source = {"weights": checkpoints._fingerprint(Path(section.path), text)}
+        source = {"weights": checkpoints.fingerprint(Path(section.path), text)}
     elif section.path:
         source = {"path": section.path, "revision": section.revision}
     tuned = config.finetune.model_dump(mode="json")

@@ -1,7 +1,8 @@
-"""What tokens cost, with the month each price was read. A model that is not here has no price.
+"""What tokens cost, with the month each price is of. A model that is not here has no price.
 
-Prices change and providers differ: `prompt_price` and `completion_price` of the configuration come
-first, and an unknown price stays unknown rather than zero.
+The figures come from public pages, not from bills. Prices change and providers differ:
+`prompt_price` and `completion_price` of the configuration come first, and an unknown price stays
+unknown rather than zero.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from milm_ray.config import LLMSection
 
 @dataclass(frozen=True)
 class Price:
-    """USD per million tokens; `as_of` is the month in which the list price was read."""
+    """USD per million tokens; `as_of` is the month that the list price is of."""
 
     prompt: float
     completion: float

@@ -55,7 +55,7 @@ def prepare_base(
         "source": entry.hub_id if entry else str(name_or_path),
         "revision": revision or (entry.revision if entry else None),
         "chat_format": format_name,
-        "fingerprint": _fingerprint(source, formats.template(format_name)),
+        "fingerprint": fingerprint(source, formats.template(format_name)),
     }
     target = Path(out_dir) / (entry.name if entry else Path(str(name_or_path)).name)
     if _is_prepared(target, marker):
@@ -153,7 +153,7 @@ def _is_checkpoint_file(name: str) -> bool:
     return any(fnmatch(name, pattern) for pattern in _FILES)
 
 
-def _fingerprint(source: Path, template: str) -> str:
+def fingerprint(source: Path, template: str) -> str:
     """A digest of a checkpoint's files; of large ones the size, the beginning and the end."""
     digest = hashlib.sha256(template.encode())
     for path in sorted(source.iterdir()):
