@@ -21,7 +21,7 @@ from milm_ray.schema import MI_DIALOGUES, Dialogue, Turn
 from milm_ray.workspace import Workspace
 
 ROOT = Path(__file__).resolve().parents[2]
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.soak, pytest.mark.timeout(3600)]
 
 SEED = 11
 SETTINGS = {
