@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field
+from datetime import datetime
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -87,6 +88,38 @@ PREDICTIONS = pa.schema(
         "dropped_rounds": pa.int64(),
     }
 )
+# A chat with one model, by a person or by the client simulator. Two producers, so two artifacts,
+# `sessions/human/` and `sessions/simulated/`, with these columns each.
+SESSIONS = pa.schema(
+    {
+        "session_id": pa.string(),
+        "source": pa.string(),  # human | simulated
+        "participant": pa.string(),  # the study's code for the client, "" where there is none
+        "model": pa.string(),
+        "variant": pa.string(),  # base | adapter
+        "blind": pa.bool_(),  # the client was not told which model answers
+        "topic": pa.string(),  # one of TOPICS
+        "motivation": pa.string(),  # one of MOTIVATIONS
+        "language": pa.string(),  # zh | en
+        "turns": pa.list_(TURN),  # client first, alternating; the last may be the client's
+        # Indices into turns: texts of the safety check, which are not the model's own and must not
+        # be coded as if they were; and replies that the client cut short.
+        "preset_turns": pa.list_(pa.int64()),
+        "stopped_turns": pa.list_(pa.int64()),
+        "risk": pa.string(),  # highest level that the safety check found: none | medium | high
+        "started_at": pa.timestamp("us", tz="UTC"),
+        "ended_at": pa.timestamp("us", tz="UTC"),  # null while it is open
+        "end_reason": pa.string(),  # client | safety | limit | simulator's own, "" while open
+        "rating": pa.int64(),  # 1 (poor) to 5 (good), null where none was given
+        "comment": pa.string(),
+        "seed": pa.int64(),  # of the assignment, or of the simulated session
+        "details": pa.string(),  # JSON of what only one producer knows, "" where nothing
+    }
+)
+# The paper's Table 5, and the levels that its clients were given.
+TOPICS = ("weight_and_diet", "phone_use", "insomnia", "exercise", "advance_consumption")
+Motivation = Literal["low", "medium", "high"]
+MOTIVATIONS: tuple[Motivation, ...] = ("low", "medium", "high")
 TRAINING_LOG = pa.schema(
     {
         "model": pa.string(),
@@ -122,6 +155,36 @@ class Dialogue:
     def row(self) -> dict[str, Any]:
         """The dialogue as one row of DIALOGUES."""
         return {"dialogue_id": self.dialogue_id, **asdict(self)}
+
+
+@dataclass(frozen=True)
+class Session:
+    """One chat, by a person or a simulated client; the columns of SESSIONS explain the fields."""
+
+    session_id: str
+    source: Literal["human", "simulated"]
+    model: str
+    variant: Literal["base", "adapter"]
+    topic: str
+    motivation: Motivation
+    turns: list[Turn]
+    started_at: datetime
+    ended_at: datetime | None = None
+    end_reason: str = ""
+    participant: str = ""
+    blind: bool = False
+    language: Literal["zh", "en"] = "zh"
+    preset_turns: list[int] = field(default_factory=list)
+    stopped_turns: list[int] = field(default_factory=list)
+    risk: Literal["none", "medium", "high"] = "none"
+    rating: int | None = None
+    comment: str = ""
+    seed: int | None = None
+    details: str = ""
+
+    def row(self) -> dict[str, Any]:
+        """The session as one row of SESSIONS."""
+        return asdict(self)
 
 
 @dataclass(frozen=True)

@@ -242,5 +242,6 @@ def _maker(artifact: str) -> str:
         "adapters": "finetune",
         "predictions": "generate",
         "metrics": "score",
+        "sessions": "simulate",
     }
     return f"jobs/{makers.get(artifact.split('/')[0], 'pipeline')}.py"

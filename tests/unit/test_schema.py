@@ -1,11 +1,23 @@
 """Dialogues: identity and structure."""
 
+from datetime import UTC, datetime
+
 import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from milm_ray.schema import DIALOGUES, Dialogue, Turn, dialogue_id, structure_fault, turns_of
+from milm_ray.schema import (
+    DIALOGUES,
+    SESSIONS,
+    TOPICS,
+    Dialogue,
+    Session,
+    Turn,
+    dialogue_id,
+    structure_fault,
+    turns_of,
+)
 
 CLIENT, COUNSELOR = Turn("client", "你好"), Turn("counselor", "您好")
 
@@ -46,3 +58,21 @@ def test_a_row_fits_the_arrow_schema_and_comes_back():
     dialogue = Dialogue("cpsycound", "case_1", [CLIENT, COUNSELOR])
     table = pa.Table.from_pylist([dialogue.row()], schema=DIALOGUES)
     assert turns_of(table.to_pylist()[0]) == dialogue.turns
+
+
+def test_a_session_fits_its_schema_and_comes_back():
+    session = Session(
+        session_id="s1",
+        source="human",
+        model="llama3",
+        variant="adapter",
+        topic=TOPICS[0],
+        motivation="low",
+        turns=[CLIENT, COUNSELOR],
+        started_at=datetime(2026, 1, 1, tzinfo=UTC),
+    )
+    row = pa.Table.from_pylist([session.row()], schema=SESSIONS).to_pylist()[0]
+    assert turns_of(row) == session.turns
+    assert row["started_at"] == session.started_at
+    assert row["ended_at"] is row["rating"] is None
+    assert set(row) == set(session.row())
