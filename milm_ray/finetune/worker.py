@@ -116,25 +116,27 @@ def _quicken() -> None:
 
 
 def _trainer_class() -> Any:
-    """TorchTrainer; on a local cluster without the actor that frees placement groups after the
-    driver's death: there the cluster dies with the driver, and the actor asks a dashboard that is
-    not running."""
+    """TorchTrainer without the actors that these runs do not need: the one that hands out Ray
+    datasets (the workers read their table themselves) and, on a local cluster, the one that frees
+    placement groups after the driver's death: there the cluster dies with the driver, and the
+    actor asks a dashboard that is not running."""
     from ray.train import torch as ray_torch
-
-    trainer: Any = ray_torch.TorchTrainer
-
-    if not _is_local():
-        return trainer
+    from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
     from ray.train.v2._internal.callbacks.placement_group_callback import (
         PlacementGroupCleanerCallback,
     )
 
-    class LocalTrainer(trainer):
+    trainer: Any = ray_torch.TorchTrainer
+    unneeded: tuple[type, ...] = (DatasetsCallback,)
+    if _is_local():
+        unneeded += (PlacementGroupCleanerCallback,)
+
+    class LeanTrainer(trainer):
         def _create_default_callbacks(self) -> list[Any]:
             callbacks = super()._create_default_callbacks()
-            return [cb for cb in callbacks if not isinstance(cb, PlacementGroupCleanerCallback)]
+            return [callback for callback in callbacks if not isinstance(callback, unneeded)]
 
-    return LocalTrainer
+    return LeanTrainer
 
 
 def _root_cause(error: BaseException) -> str:

@@ -32,7 +32,8 @@ from milm_ray.workspace import Workspace
 
 ROUNDS = "test_rounds"
 
-_ROUNDS_PER_BLOCK = 8
+_ROUNDS_PER_BLOCK = 4
+_CALLS_PER_ACTOR = 1024
 _KEY_ENV = "MILM_RAY_API_KEY"
 _STOPPED = "stopped"
 _OUTCOME = pa.schema(
@@ -102,7 +103,7 @@ def predict(
     blocks = ray.data.from_arrow(
         [pa.Table.from_pylist([place]) for place in _places(workspace, files)]
     )
-    actors = max(1, config.generate.concurrency // 256)
+    actors = -(-config.generate.concurrency // _CALLS_PER_ACTOR)
     per_actor = -(-config.generate.concurrency // actors)
     at_once = 2 + -(-per_actor // (_ROUNDS_PER_BLOCK * max(1, len(wanted))))
     outcomes = blocks.map_batches(
