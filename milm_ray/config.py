@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -46,6 +46,14 @@ def _input_path(section: str) -> AfterValidator:
         return value
 
     return AfterValidator(check)
+
+
+def _known_chat_format(value: str, info: ValidationInfo) -> str:
+    """A chat format that the job knows, where it says which it does (see load_config)."""
+    known = (info.context or {}).get("chat_formats")
+    if known is not None and value not in known:
+        raise ValueError(f"no such chat format; known are {', '.join(sorted(known))}")
+    return value
 
 
 class Section(BaseModel):
@@ -157,13 +165,20 @@ class ModelSection(Section):
         None, description="checkpoint directory; None: the hub id of `hub_id`"
     )
     hub_id: str | None = None
-    revision: str | None = Field(None, description="pinned hub revision")
-    chat_format: Literal["baichuan2", "glm4", "llama3"]
+    revision: str | None = Field(None, description="commit, tag or branch of `hub_id`")
+    chat_format: Annotated[str, AfterValidator(_known_chat_format)] = Field(
+        description="a format of milm_ray/models/chat_format.py"
+    )
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelSection:
         if (self.path is None) == (self.hub_id is None):
             raise ValueError("give either path or hub_id")
+        if self.hub_id and not self.revision:
+            raise ValueError(
+                f"{self.hub_id} is not pinned: add revision: <commit id>, from "
+                f"https://huggingface.co/{self.hub_id}/commits/main"
+            )
         return self
 
 
@@ -175,7 +190,18 @@ class LoraSection(Section):
     dropout: float = Field(0.0, ge=0, lt=1)
 
 
+class DpoSection(Section):
+    """Preference tuning, finetune.method: dpo; what is not here is as in fine-tuning."""
+
+    beta: float = Field(0.1, gt=0, description="how closely to keep to the adapter; TRL's default")
+    learning_rate: float = Field(5e-6, gt=0, description="LLaMA-Factory's DPO example")
+    epochs: float = Field(3.0, gt=0, description="LLaMA-Factory's DPO example")
+
+
 class FinetuneSection(Section):
+    method: Literal["sft", "dpo"] = Field(
+        "sft", description="dpo: go on from the adapters, by the pairs of preferences/"
+    )
     learning_rate: float = Field(1e-4, gt=0, description="paper")
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="paper: cosine")
     warmup_ratio: float = Field(0.1, ge=0, lt=1, description="paper")
@@ -197,6 +223,13 @@ class FinetuneSection(Section):
     max_grad_norm: float = Field(1.0, gt=0, description="LLaMA-Factory's default")
     weight_decay: float = Field(0.0, ge=0, description="LLaMA-Factory's default")
     lora: LoraSection = LoraSection()
+    dpo: DpoSection = DpoSection()
+    eval_share: float = Field(
+        0.0, ge=0, lt=1, description="of the dialogues, held out; LLaMA-Factory's val_size"
+    )
+    eval_steps: int = Field(
+        500, ge=1, description="steps between two held-out losses; LLaMA-Factory's LoRA example"
+    )
     zero_stage: Literal[0, 2, 3] = 2
     offload: bool = Field(False, description="optimizer state to CPU memory")
     workers_per_model: int = Field(1, ge=1)
@@ -211,6 +244,19 @@ class GenerateSection(Section):
     temperature: float = Field(0.95, ge=0, description="of sampled runs; LLaMA-Factory's default")
     top_p: float = Field(0.7, gt=0, le=1, description="of sampled runs; LLaMA-Factory's default")
     concurrency: int = Field(64, ge=1)
+
+
+class PreferencesSection(Section):
+    """Pairs of replies for finetune.method: dpo, ranked by the judge."""
+
+    rounds: int = Field(500, ge=1, description="training rounds to reply to")
+    seeds: list[int] = Field(
+        [1, 2, 3, 4], min_length=2, description="replies per round; sampled as in `generate`"
+    )
+    both_orders: bool = Field(
+        True, description="rank each round's replies in two orders; only what both say makes a pair"
+    )
+    max_reject_rate: float = Field(0.5, ge=0, le=1, description="of rounds without a pair")
 
 
 class ServeSection(Section):
@@ -243,6 +289,7 @@ class Config(Section):
     finetune: FinetuneSection = FinetuneSection()
     serve: ServeSection = ServeSection()
     generate: GenerateSection = GenerateSection()
+    preferences: PreferencesSection = PreferencesSection()
     score: ScoreSection = ScoreSection()
 
 
@@ -320,12 +367,16 @@ def _describe(error: Any) -> str:
 
 
 def load_config(
-    path: str | Path, overrides: Sequence[str] = (), check_paths: Sequence[str] = ()
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    check_paths: Sequence[str] = (),
+    chat_formats: Collection[str] | None = None,
 ) -> Config:
     """Read and validate a configuration.
 
     path: the YAML file; overrides: `section.key=value`; check_paths: the sections ("ingest", "llm",
-    "models") whose input paths the job will read and that must therefore exist.
+    "models") whose input paths the job will read and that must therefore exist; chat_formats: the
+    names that models may give, None: any.
     Raises ConfigError with every problem at once; writes nothing.
     """
     path = Path(path)
@@ -345,7 +396,8 @@ def load_config(
     if not data.get("workspace"):
         data["workspace"] = f"runs/{path.stem}"
     try:
-        config = Config.model_validate(data, context={"check_paths": tuple(check_paths)})
+        context = {"check_paths": tuple(check_paths), "chat_formats": chat_formats}
+        config = Config.model_validate(data, context=context)
     except ValidationError as error:
         problems += [_describe(item) for item in error.errors()]
     if problems:

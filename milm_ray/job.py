@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,12 +57,17 @@ class Plan:
 
 @dataclass(frozen=True)
 class Stage:
-    """One step of the pipeline. check_paths: the config sections whose input paths it reads."""
+    """One step of the pipeline.
+
+    check_paths: the config sections whose input paths it reads; chat_formats: the names that it
+    accepts as a model's chat format, None where it renders no dialogue.
+    """
 
     name: str
     plan: Callable[[Config, Workspace], Plan]
     run: Callable[[Config, Workspace], Mapping[str, Any]]
     check_paths: Sequence[str] = field(default=())
+    chat_formats: Collection[str] | None = None
     uses_ray: bool = True
 
 
@@ -80,7 +85,8 @@ def main(description: str, stages: Sequence[Stage], argv: Sequence[str] | None =
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
         wanted = {section for stage in stages for section in stage.check_paths}
-        config = load_config(options.config, options.override, sorted(wanted))
+        formats = next((s.chat_formats for s in stages if s.chat_formats is not None), None)
+        config = load_config(options.config, options.override, sorted(wanted), formats)
         workspace = Workspace.open(config.workspace)
         plans = [(stage, stage.plan(config, workspace)) for stage in stages]
         log.info("workspace: %s", workspace.uri)

@@ -120,12 +120,45 @@ SESSIONS = pa.schema(
 TOPICS = ("weight_and_diet", "phone_use", "insomnia", "exercise", "advance_consumption")
 Motivation = Literal["low", "medium", "high"]
 MOTIVATIONS: tuple[Motivation, ...] = ("low", "medium", "high")
+# Two replies to one round, the better and the worse, as an LLM judge ranked them.
+PREFERENCES = pa.schema(
+    {
+        "dialogue_id": pa.string(),
+        "round_index": pa.int64(),
+        "model": pa.string(),  # whose replies they are
+        "instruction": pa.string(),
+        "input": pa.string(),
+        "history": pa.list_(EXCHANGE),
+        "chosen": pa.string(),
+        "rejected": pa.string(),
+        "candidates": pa.int64(),  # different replies that were ranked
+        "chosen_rank": pa.float64(),  # 1: best; the mean over the orders asked
+        "rejected_rank": pa.float64(),
+        "judge": pa.string(),
+        "reason": pa.string(),
+        "reply_keys": pa.list_(pa.string()),
+    }
+)
+PREFERENCE_LOG = pa.schema(
+    {
+        "model": pa.string(),
+        "step": pa.int64(),
+        "epoch": pa.float64(),
+        "loss": pa.float64(),
+        "learning_rate": pa.float64(),
+        "grad_norm": pa.float64(),
+        "chosen_reward": pa.float64(),  # beta times the log ratio to the adapter started from
+        "rejected_reward": pa.float64(),
+        "accuracy": pa.float64(),  # share of pairs whose chosen reply has the higher reward
+    }
+)
 TRAINING_LOG = pa.schema(
     {
         "model": pa.string(),
         "step": pa.int64(),
         "epoch": pa.float64(),
         "loss": pa.float64(),
+        "eval_loss": pa.float64(),  # of the held-out dialogues; empty where none was taken
         "learning_rate": pa.float64(),
         "grad_norm": pa.float64(),
         "tokens_per_s": pa.float64(),

@@ -241,6 +241,9 @@ def _maker(artifact: str) -> str:
         "test_rounds": "split",
         "adapters": "finetune",
         "predictions": "generate",
+        "preference_rounds": "preferences",
+        "candidates": "preferences",
+        "preferences": "preferences",
         "metrics": "score",
         "sessions": "simulate",
     }

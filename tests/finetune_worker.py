@@ -1,7 +1,7 @@
 """One process of a fine-tune without Ray, for tests: python finetune_worker.py SPEC RANK.
 
 SPEC is JSON: model, base, rows, workers, rendezvous, out, and runs, each a name, settings and
-perhaps resume_from, die_after.
+perhaps resume_from, die_after, or only_load: then rank 0 writes how many weights it holds.
 All processes do every run in turn; rank 0 writes each run's log to out/<name>.json.
 """
 
@@ -24,7 +24,7 @@ def main(spec_file: str, rank: int) -> None:
     from torch import distributed
 
     from milm_ray.config import FinetuneSection
-    from milm_ray.finetune.engine import Diverged
+    from milm_ray.finetune.engine import Diverged, lora_model
     from milm_ray.finetune.train import Task, train
     from milm_ray.models import registry
 
@@ -63,6 +63,12 @@ def main(spec_file: str, rank: int) -> None:
             settings=FinetuneSection(**run["settings"]),
             seed=11,
         )
+        if run.get("only_load"):
+            model_ = lora_model(task.base, task.settings, task.lora_targets, seed=11)
+            held = sum(getattr(p, "ds_tensor", p).numel() for p in model_.parameters())
+            if rank == 0:
+                (out / f"{run['name']}.json").write_text(json.dumps({"weights": held}))
+            continue
         resume = out / run["resume_from"] if "resume_from" in run else None
         try:
             outcome = train(

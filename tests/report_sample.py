@@ -64,7 +64,10 @@ def config_file(folder: Path) -> Path:
     """A configuration of three models whose workspace lies in `folder`."""
     settings = {
         "workspace": str(folder / "workspace"),
-        "models": {name: {"hub_id": f"tiny/{name}", "chat_format": name} for name in MODELS},
+        "models": {
+            name: {"hub_id": f"tiny/{name}", "revision": "main", "chat_format": name}
+            for name in MODELS
+        },
         "score": {"bootstrap": 100},
     }
     path = folder / "sample.yaml"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from milm_ray.config import FinetuneSection
@@ -14,12 +14,70 @@ def model_card(
     identity: str,
     settings: FinetuneSection,
     counts: Mapping[str, Any],
-    final_loss: float,
     seed: int,
 ) -> str:
-    """README.md of adapters/<model>/. identity: hub id or name of the base that was tuned."""
-    title = adapter_name(base)
+    """README.md of adapters/<model>/.
+
+    identity: hub id or name of the base that was tuned; counts: of the adapter's manifest.
+    """
     lora = settings.lora
+    table = [
+        f"| samples | {counts['samples']:,} ({settings.unit}s), {counts['tokens']:,} tokens, "
+        f"loss on {counts['label_tokens']:,} counselor tokens |",
+        f"| steps | {counts['steps']:,} of {_per_step(settings)} samples, "
+        f"{settings.epochs:g} epochs |",
+        f"| learning rate | {settings.learning_rate:g}, {settings.schedule}, warm-up "
+        f"{settings.warmup_ratio:g} |",
+        f"| LoRA | rank {lora.rank}, alpha {lora.alpha}, dropout {lora.dropout:g} on "
+        f"{', '.join(base.lora_targets)} |",
+        f"| precision | {settings.precision}, cutoff {settings.cutoff} tokens, seed {seed} |",
+        f"| final loss | {counts['final_loss']:.4f} per counselor token |",
+    ]
+    if "final_eval_loss" in counts:
+        table += [
+            f"| held out | loss {counts['final_eval_loss']:.4f} at the end, on "
+            f"{counts['eval_samples']:,} {settings.unit}s |"
+        ]
+    purpose = (
+        f"A LoRA adapter that turns {identity} into a counselor in the style of motivational "
+        "interviewing (MI), tuned on counselling dialogues transcribed into that style."
+    )
+    return _card(base, adapter_name(base), identity, purpose, table)
+
+
+def preference_card(
+    base: BaseModel,
+    identity: str,
+    settings: FinetuneSection,
+    counts: Mapping[str, Any],
+    judges: Sequence[str],
+) -> str:
+    """README.md of adapters/<model>/dpo/; judges: the models that ranked the replies."""
+    dpo = settings.dpo
+    table = [
+        f"| pairs | {counts['pairs']:,}, {counts['tokens']:,} tokens |",
+        f"| judged by | {', '.join(judges)}, automatically |",
+        f"| steps | {counts['steps']:,} of {_per_step(settings)} pairs, {dpo.epochs:g} epochs |",
+        f"| DPO | beta {dpo.beta:g}, against the adapter it started from |",
+        f"| learning rate | {dpo.learning_rate:g}, {settings.schedule}, warm-up "
+        f"{settings.warmup_ratio:g} |",
+        f"| at the end | loss {counts['final_loss']:.4f}, the chosen reply ahead in "
+        f"{counts['final_accuracy']:.0%} of pairs |",
+    ]
+    purpose = (
+        f"{adapter_name(base)} tuned further by direct preference optimisation (DPO), on pairs of "
+        "its own replies that a language model ranked. No person judged them."
+    )
+    return _card(base, adapter_name(base, "mi-dpo"), identity, purpose, table)
+
+
+def _per_step(settings: FinetuneSection) -> str:
+    return (
+        f"{settings.batch_size} × {settings.gradient_accumulation} × {settings.workers_per_model}"
+    )
+
+
+def _card(base: BaseModel, title: str, identity: str, purpose: str, table: Sequence[str]) -> str:
     lines = [
         "---",
         "library_name: peft",
@@ -29,8 +87,7 @@ def model_card(
         "---",
         f"# {title}",
         "",
-        f"A LoRA adapter that turns {identity} into a counselor in the style of motivational "
-        "interviewing (MI), tuned on counselling dialogues transcribed into that style.",
+        purpose,
         "",
         "It is a research model. It is no medical device, makes no diagnosis and does not replace "
         "a professional; people in crisis need a human.",
@@ -39,17 +96,7 @@ def model_card(
         "",
         "| | |",
         "|---|---|",
-        f"| samples | {counts['samples']:,} ({settings.unit}s), {counts['tokens']:,} tokens, "
-        f"loss on {counts['label_tokens']:,} counselor tokens |",
-        f"| steps | {counts['steps']:,} of {settings.batch_size} × "
-        f"{settings.gradient_accumulation} samples × {settings.workers_per_model} workers, "
-        f"{settings.epochs:g} epochs |",
-        f"| learning rate | {settings.learning_rate:g}, {settings.schedule}, warm-up "
-        f"{settings.warmup_ratio:g} |",
-        f"| LoRA | rank {lora.rank}, alpha {lora.alpha}, dropout {lora.dropout:g} on "
-        f"{', '.join(base.lora_targets)} |",
-        f"| precision | {settings.precision}, cutoff {settings.cutoff} tokens, seed {seed} |",
-        f"| final loss | {final_loss:.4f} per counselor token |",
+        *table,
         "",
         "The chat template beside the weights is the one it was trained with: use it.",
         "",
@@ -60,8 +107,8 @@ def model_card(
     if base.notice:
         lines += ["", f"> {base.notice}"]
     if base.adapter_prefix:
-        lines += ["", f"Its licence asks that a name given to it begins with "
-                  f"“{base.adapter_prefix}”."]  # fmt: skip
+        asked = f"Its licence asks that a name given to it begins with “{base.adapter_prefix}”."
+        lines += ["", asked]
     if base.note:
         lines += ["", base.note]
     return "\n".join(lines) + "\n"

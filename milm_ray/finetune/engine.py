@@ -59,16 +59,27 @@ def lora_model(
     seed: int,
     identity: str = "",
 ) -> PeftModel:
-    """A base checkpoint with a fresh LoRA adapter on `targets`, its attention packed.
+    """A base checkpoint with a fresh LoRA adapter, see with_lora.
 
-    seed fixes the adapter's initial values, the same on every worker. identity: what the adapter
-    says it belongs to (a hub id or a name), never a path of this machine.
+    identity: what the adapter says it belongs to (a hub id or a name), never a path of this
+    machine. Under ZeRO 3 the process group must be up: each worker keeps its part of every weight
+    and never holds all of them.
+    """
+    tuned = with_lora(_base_model(base, settings), settings, targets, seed)
+    if identity:
+        tuned.peft_config["default"].base_model_name_or_path = identity
+    return tuned
+
+
+def with_lora(
+    model: Any, settings: FinetuneSection, targets: Sequence[str], seed: int
+) -> PeftModel:
+    """A transformers model with a fresh LoRA adapter on `targets`, its attention packed.
+
+    seed fixes the adapter's initial values, the same on every worker.
     """
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
 
-    dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(str(base), dtype=dtype)
     use_packed_attention(model)
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -80,11 +91,42 @@ def lora_model(
         target_modules=list(targets),
         task_type="CAUSAL_LM",
     )
-    tuned = get_peft_model(model, config)
-    if identity:
-        tuned.peft_config["default"].base_model_name_or_path = identity
+    # Beside weights that are divided already, ZeRO 3 takes adapter weights of no other dtype; the
+    # optimizer keeps them in fp32 all the same.
+    tuned = get_peft_model(model, config, autocast_adapter_dtype=settings.zero_stage != 3)
     tuned.train()
     return tuned
+
+
+def _base_model(base: str | Path, settings: FinetuneSection) -> Any:
+    """The base's weights in the precision to train in; under ZeRO 3 divided as they are read."""
+    from transformers import AutoModelForCausalLM
+
+    dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
+    if settings.zero_stage != 3:
+        return AutoModelForCausalLM.from_pretrained(str(base), dtype=dtype)
+    _deepspeed()
+    from transformers.integrations import HfDeepSpeedConfig
+
+    # While this object lives, transformers divides each layer among the workers before it fills it,
+    # layer by layer from files that are mapped, not read into memory.
+    dividing = HfDeepSpeedConfig(deepspeed_config(settings))
+    model = AutoModelForCausalLM.from_pretrained(str(base), dtype=dtype)
+    del dividing
+    return model
+
+
+def _deepspeed() -> Any:
+    """The deepspeed module, set up for the device at hand."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+
+    deepspeed.utils.logging.logger.setLevel("ERROR")
+    # On CPU it would compile a shared-memory all-reduce first, half a minute that a small adapter's
+    # gradients never earn back; gloo does.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
 
 
 def deepspeed_config(settings: FinetuneSection) -> dict[str, Any]:
@@ -113,14 +155,7 @@ def start_engine(model: Any, settings: FinetuneSection) -> Any:
     The process group must be up. AdamW's betas and epsilon are torch's defaults, as in
     LLaMA-Factory.
     """
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import deepspeed
-
-    deepspeed.utils.logging.logger.setLevel("ERROR")
-    # On CPU it would compile a shared-memory all-reduce first, half a minute that a small adapter's
-    # gradients never earn back; gloo does.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed = _deepspeed()
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(
         trainable, lr=settings.learning_rate, weight_decay=settings.weight_decay
@@ -170,6 +205,22 @@ def optimizer_step(
     if not _finite(norm):
         raise Diverged("the gradient is not finite", _everywhere(packs))
     return StepResult(float(total), norm)
+
+
+def mean_loss(engine: Any, packs: Sequence[Pack], label_tokens: int) -> float:
+    """Mean loss per label token of this and all other workers' packs, nothing trained.
+
+    packs, label_tokens: as in optimizer_step. Draws no random number, so training goes on as if it
+    had not been.
+    """
+    engine.eval()
+    with torch.no_grad():
+        total = torch.stack([pack_loss(engine, pack, engine.device).float() for pack in packs])
+        summed = total.sum()
+        if distributed.get_world_size() > 1:
+            distributed.all_reduce(summed)
+    engine.train()
+    return float(summed) / label_tokens
 
 
 def _finite(value: float) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -57,6 +58,36 @@ class Tokenised:
             "rounds_dropped": self.rounds_dropped,
             "too_long": len(self.too_long),
         }
+
+
+def hold_out(
+    rows: Sequence[Mapping[str, Any]], share: float, seed: int
+) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
+    """Divide rows into those to train on and those held out, `share` of the source dialogues.
+
+    All rows made from one dialogue (its augmented copies too) fall on the same side, which depends
+    on the seed and the dialogue alone. Raises UserError when a side would be empty.
+    """
+    if not share:
+        return list(rows), []
+    sources = sorted(
+        {_source(row) for row in rows},
+        key=lambda source: hashlib.sha256(f"{seed}/{source}".encode()).digest(),
+    )
+    held = set(sources[: max(1, round(share * len(sources)))])
+    if len(held) == len(sources):
+        raise UserError(
+            f"finetune.eval_share={share:g} of {len(sources)} dialogue(s) leaves none to train on",
+            "lower finetune.eval_share",
+        )
+    return (
+        [row for row in rows if _source(row) not in held],
+        [row for row in rows if _source(row) in held],
+    )
+
+
+def _source(row: Mapping[str, Any]) -> str:
+    return str(row.get("source_dialogue_id") or row["dialogue_id"])
 
 
 def tokenise(

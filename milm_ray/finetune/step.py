@@ -76,6 +76,8 @@ class FrozenHeadLoss(Function):
             chosen = targets[rows, None]
             norms = torch.logsumexp(logits, 1, keepdim=True)
             total += (norms - logits.gather(1, chosen)).sum()
+            if not ctx.needs_input_grad[0]:
+                continue
             residual = logits.sub_(norms).exp_()
             residual.scatter_add_(1, chosen, torch.full_like(norms, -1.0))
             gradient[rows] = residual.to(weight.dtype) @ weight

@@ -15,7 +15,7 @@ from typing import Any
 from milm_ray.config import FinetuneSection
 from milm_ray.finetune import memory
 from milm_ray.finetune.packing import Pack, collate, shares
-from milm_ray.finetune.samples import Sample, tokenise
+from milm_ray.finetune.samples import Sample, Tokenised, hold_out, tokenise
 from milm_ray.finetune.schedule import Schedule
 
 ADAPTER_DIR = "adapter"
@@ -30,7 +30,8 @@ Save = Callable[[int, Callable[[Path], None]], None]
 class Task:
     """What to train: a prepared base checkpoint, its chat format, and the settings.
 
-    base: directory in the native transformers layout; identity: hub id or name of the base.
+    base: directory in the native transformers layout; identity: hub id or name of the base;
+    adapter: directory of the adapter that preference tuning goes on from, "" in fine-tuning.
     """
 
     model: str
@@ -40,6 +41,7 @@ class Task:
     lora_targets: tuple[str, ...]
     settings: FinetuneSection
     seed: int
+    adapter: str = ""
 
 
 @dataclass
@@ -75,6 +77,7 @@ def train(
     from milm_ray.finetune.engine import (
         load_state,
         lora_model,
+        mean_loss,
         optimizer_step,
         save_adapter,
         save_state,
@@ -85,7 +88,14 @@ def train(
     settings = task.settings
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = AutoTokenizer.from_pretrained(task.base)
-    data = tokenise(rows, tokenizer, task.chat_format, settings.cutoff, settings.unit)
+    kept, held = hold_out(rows, settings.eval_share, task.seed)
+
+    def tokenised(chosen: Sequence[Mapping[str, Any]]) -> Tokenised:
+        return tokenise(chosen, tokenizer, task.chat_format, settings.cutoff, settings.unit)
+
+    data = tokenised(kept)
+    held_out = tokenised(held) if held else Tokenised()
+    held_packs = own_packs(held_out.samples, rank, workers, settings.pack_tokens)
     schedule = Schedule(
         samples=len(data.samples),
         per_step=settings.batch_size * settings.gradient_accumulation * workers,
@@ -95,7 +105,8 @@ def train(
         kind=settings.schedule,
         warmup_ratio=settings.warmup_ratio,
     )
-    longest = max(settings.pack_tokens, max(len(s.input_ids) for s in data.samples))
+    lengths = [len(sample.input_ids) for sample in (*data.samples, *held_out.samples)]
+    longest = max(settings.pack_tokens, *lengths)
     need = memory.estimate(
         json.loads((Path(task.base) / "config.json").read_text(encoding="utf-8")),
         settings,
@@ -105,7 +116,8 @@ def train(
     )
     memory.check(task.model, need, device)
     if rank == 0:
-        say(f"{schedule.steps} steps on {len(data.samples)} samples; {need.text()}")
+        apart = f", {len(held_out.samples)} held out" if held else ""
+        say(f"{schedule.steps} steps on {len(data.samples)} samples{apart}; {need.text()}")
     model = lora_model(task.base, settings, task.lora_targets, task.seed, task.identity)
     engine = start_engine(model, settings)
     progress = Progress()
@@ -132,29 +144,42 @@ def train(
         progress.losses.append(result.loss)
         tokens += sum(len(s.input_ids) for s in chosen)
         last = progress.step == schedule.steps
-        if step == 0 or last or progress.step % settings.logging_steps == 0:
+        took = time.perf_counter() - since
+        evaluates = bool(held) and (last or progress.step % settings.eval_steps == 0)
+        if step == 0 or last or evaluates or progress.step % settings.logging_steps == 0:
+            eval_loss = mean_loss(engine, held_packs, held_out.label_tokens) if evaluates else None
             row = {
                 "model": task.model,
                 "step": progress.step,
                 "epoch": schedule.epoch_after(step),
                 "loss": sum(progress.losses) / len(progress.losses),
+                "eval_loss": eval_loss,
                 "learning_rate": rate,
                 "grad_norm": result.grad_norm,
-                "tokens_per_s": tokens / (time.perf_counter() - since),
+                "tokens_per_s": tokens / took,
             }
             progress.log.append(row)
             progress.losses = []
             tokens, since = 0, time.perf_counter()
             if rank == 0:
                 record(row)
-                say(
-                    f"step {progress.step}/{schedule.steps}  epoch {row['epoch']:.2f}  "
-                    f"loss {row['loss']:.4f}  lr {rate:.2e}  grad norm {row['grad_norm']:.2f}  "
-                    f"{row['tokens_per_s']:,.0f} tokens/s"
-                )
+                say(progress_line(row, schedule.steps))
         if last or progress.step % settings.save_steps == 0:
             save(progress.step, write)
-    return {"counts": {**data.counts(), "steps": schedule.steps}, "log": progress.log}
+    counts = {**data.counts(), "steps": schedule.steps}
+    if held:
+        counts |= {"eval_samples": len(held_out.samples), "eval_labels": held_out.label_tokens}
+    return {"counts": counts, "log": progress.log}
+
+
+def progress_line(row: Mapping[str, Any], steps: int) -> str:
+    """A row of schema.TRAINING_LOG for people."""
+    held = "" if row["eval_loss"] is None else f"  held-out loss {row['eval_loss']:.4f}"
+    return (
+        f"step {row['step']}/{steps}  epoch {row['epoch']:.2f}  loss {row['loss']:.4f}{held}  "
+        f"lr {row['learning_rate']:.2e}  grad norm {row['grad_norm']:.2f}  "
+        f"{row['tokens_per_s']:,.0f} tokens/s"
+    )
 
 
 def own_packs(samples: Sequence[Sample], rank: int, workers: int, pack_tokens: int) -> list[Pack]:

@@ -11,23 +11,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow.fs as pafs
+
 from milm_ray.errors import UserError
+from milm_ray.finetune.bases import Source
 from milm_ray.finetune.train import Task, train
 from milm_ray.workspace import Workspace
 
 # Checkpoints that stay beside a finished run; the last one is the finished state.
 _KEPT = 2
 _BOARD = "tensorboard"
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a base checkpoint comes from and where it is prepared (models.checkpoint)."""
-
-    name_or_path: str
-    revision: str | None
-    chat_format: str
-    directory: str
 
 
 @dataclass(frozen=True)
@@ -42,7 +35,8 @@ class Outcome:
 def fit(task: Task, source: Source, workspace: str, table: str, run_name: str) -> Outcome:
     """Train one model on the cluster; blocks until it is done.
 
-    workspace, table: where the rows of schema.MI_DIALOGUES are. run_name: directory under
+    workspace, table: where the rows are, of schema.MI_DIALOGUES or, for finetune.method: dpo,
+    schema.PREFERENCES; task.adapter is then an artifact of the workspace. run_name: directory under
     checkpoints/; a run of the same name that was interrupted is taken up where it was.
     Raises UserError for what a user can put right.
     """
@@ -150,6 +144,8 @@ def _root_cause(error: BaseException) -> str:
 def _worker(config: dict[str, Any]) -> dict[str, Any]:
     """What each worker of a run does. Errors a user can act on are returned, not raised: Ray Train
     would start the workers again, to the same end."""
+    # TRL would tell the hub that its trainer was started.
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     # transformers would import scikit-learn, scipy and pandas for a decoding method not used here:
     # a third of a worker's start-up. To find no scikit-learn is a case it provides for.
     sys.modules.setdefault("sklearn", None)  # type: ignore[arg-type]
@@ -171,10 +167,12 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
     rank = context.get_world_rank()
     try:
         base = _prepared(config["source"], context.get_local_rank())
-        rows = Workspace.open(config["workspace"]).read_table(config["table"]).to_pylist()
-        ready = replace(task, base=str(base))
-        checkpoint = ray.train.get_checkpoint()
         place = config["workspace"]
+        workspace = Workspace.open(place)
+        rows = workspace.read_table(config["table"]).to_pylist()
+        adapter = _fetched(workspace, task.adapter) if task.adapter else ""
+        ready = replace(task, base=str(base), adapter=adapter)
+        checkpoint = ray.train.get_checkpoint()
         # Event files are appended to, which object stores do not do; log.parquet is everywhere.
         events = None if "://" in place else Path(place, "checkpoints", config["run_name"], _BOARD)
         run = _Run(ready, rows, rank, context.get_world_size(), events)
@@ -201,7 +199,12 @@ class _Run:
     events: Path | None
 
     def __call__(self, resume: Path | None) -> dict[str, Any]:
-        return train(
+        loop: Callable[..., dict[str, Any]] = train
+        if self.task.settings.method == "dpo":
+            from milm_ray.finetune.dpo import tune
+
+            loop = tune
+        return loop(
             self.task,
             self.rows,
             rank=self.rank,
@@ -224,8 +227,10 @@ def _board(directory: Path | None) -> Callable[[dict[str, Any]], None]:
     def record(row: dict[str, Any]) -> None:
         if not board:
             board.append(SummaryWriter(str(directory), purge_step=row["step"]))
-        for name in ("loss", "learning_rate", "grad_norm", "tokens_per_s"):
-            board[0].add_scalar(f"train/{name}", row[name], row["step"])
+        for name, value in row.items():
+            if name not in ("model", "step") and value is not None:
+                kind, plain = ("eval", "loss") if name == "eval_loss" else ("train", name)
+                board[0].add_scalar(f"{kind}/{plain}", value, row["step"])
         board[0].flush()
 
     return record
@@ -238,6 +243,15 @@ def _report(step: int, write: Callable[[Path], None]) -> None:
         write(Path(directory))
         checkpoint = ray.train.Checkpoint.from_directory(directory)
         ray.train.report({"step": step}, checkpoint=checkpoint)
+
+
+def _fetched(workspace: Workspace, artifact: str) -> str:
+    """An adapter of the workspace as a directory of this node."""
+    if isinstance(workspace.filesystem, pafs.LocalFileSystem):
+        return workspace.path(artifact)
+    target = tempfile.mkdtemp()
+    pafs.copy_files(workspace.path(artifact), target, workspace.filesystem, pafs.LocalFileSystem())
+    return target
 
 
 def _prepared(source: Source, local_rank: int) -> Path:

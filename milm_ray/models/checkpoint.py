@@ -21,6 +21,7 @@ from typing import Any
 from milm_ray.errors import UserError
 from milm_ray.models import chat_format as formats
 from milm_ray.models import registry
+from milm_ray.workspace import Workspace
 
 MARKER = "milm_base.json"
 _LAYOUT_VERSION = 1
@@ -28,6 +29,13 @@ _SMALL = ("*.json", "*.model", "*.jinja", "LICENSE*", "*.txt")
 _SAFE, _PICKLED = "*.safetensors", "*.bin"
 _FILES = (*_SMALL, _SAFE, _PICKLED)
 _HASHED_WHOLE = 64 * 2**20
+
+
+def bases_directory(workspace: Workspace) -> Path:
+    """Where prepared base checkpoints lie: in the workspace, or on each node if that is remote."""
+    if "://" in workspace.uri:
+        return Path.home() / ".cache" / "milm_ray" / "bases"
+    return Path(workspace.path("bases"))
 
 
 def prepare_base(

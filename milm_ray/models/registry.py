@@ -15,7 +15,7 @@ class BaseModel:
     """One base model.
 
     name: short name used in configs, artifacts and endpoints. hub_id, revision: where it comes from
-    and the pin (None: the hub's main, recorded in the manifest). chat_format: a format's name.
+    and the pin, a commit or a tag. chat_format: a format's name.
     model_type: as its config.json says it; a local copy of the base is recognised by it.
     lora_targets: every linear layer but the head, as the transformers layout names them.
     licence: its name. adapter_prefix: what a fine-tune's name must begin with, or "". notice: a
@@ -24,7 +24,7 @@ class BaseModel:
 
     name: str
     hub_id: str
-    revision: str | None
+    revision: str
     chat_format: str
     model_type: str
     lora_targets: tuple[str, ...]
@@ -43,7 +43,7 @@ BASE_MODELS: dict[str, BaseModel] = {
         BaseModel(
             name="baichuan2",
             hub_id="baichuan-inc/Baichuan2-7B-Chat",
-            revision=None,
+            revision="ea66ced17780ca3db39bc9f8aa601d8463db3da5",
             chat_format="baichuan2",
             model_type="baichuan",
             lora_targets=(*_ATTENTION, "gate_proj", "up_proj", "down_proj"),
@@ -57,7 +57,7 @@ BASE_MODELS: dict[str, BaseModel] = {
         BaseModel(
             name="glm4",
             hub_id="zai-org/glm-4-9b-chat-hf",
-            revision=None,
+            revision="8599336fc6c125203efb2360bfaf4c80eef1d1bf",
             chat_format="glm4",
             model_type="glm",
             lora_targets=(*_ATTENTION, "gate_up_proj", "down_proj"),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,16 @@ def runs(config: Config, workspace: Workspace, bases: Mapping[str, Path]) -> lis
                     Run(model, variant, endpoint, version, section.chat_format, place, seed)
                 )
     return found
+
+
+def sampled_runs(
+    config: Config, workspace: Workspace, bases: Mapping[str, Path], seeds: Sequence[int]
+) -> list[Run]:
+    """A run of every model's adapter for each seed."""
+    greedy = [
+        r for r in runs(config, workspace, bases) if r.variant == "adapter" and r.seed is None
+    ]
+    return [replace(run, seed=seed) for run in greedy for seed in seeds]
 
 
 def predict(

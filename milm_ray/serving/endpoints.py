@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from milm_ray.config import Config
-from milm_ray.models.checkpoint import MARKER, prepare_base
+from milm_ray.models.checkpoint import MARKER, bases_directory, prepare_base
 from milm_ray.serving.models import AppArgs, Autoscaling, IngressArgs, ModelArgs
 from milm_ray.workspace import Workspace
 
@@ -16,14 +16,8 @@ _CPU_KV_CACHE_GIB = 0.5
 
 
 def prepared_bases(config: Config, workspace: Workspace) -> dict[str, Path]:
-    """Every configured base as a directory that engines load, prepared where it is not yet.
-
-    They lie in the workspace, or under the home directory where that is remote.
-    """
-    if "://" in workspace.uri:
-        place = Path.home() / ".cache" / "milm_ray" / "bases"
-    else:
-        place = Path(workspace.path("bases"))
+    """Every configured base as a directory that engines load, prepared where it is not yet."""
+    place = bases_directory(workspace)
     return {
         name: prepare_base(
             model.hub_id or model.path or "", model.revision, place, model.chat_format

@@ -18,6 +18,7 @@ import pyarrow as pa
 from milm_ray.config import Config
 from milm_ray.errors import ConfigError, UserError
 from milm_ray.job import Plan, Stage, finished, log
+from milm_ray.models.chat_format import FORMATS
 from milm_ray.schema import PREDICTIONS, REJECTS, Reject
 from milm_ray.serving import batch
 from milm_ray.serving.endpoints import app_args, prepared_bases
@@ -144,36 +145,42 @@ class Tally:
         }
 
 
-def write(workspace: Workspace, outcomes: Iterator[pa.Table]) -> Tally:
+def write(
+    workspace: Workspace,
+    outcomes: Iterator[pa.Table],
+    artifact: str = ARTIFACT,
+    rejected: str = REJECTED,
+) -> Tally:
     """Write predictions and rejects as they come; memory holds one file's rows at most."""
-    workspace.clear(ARTIFACT)
-    workspace.clear(REJECTED)
+    workspace.clear(artifact)
+    workspace.clear(rejected)
     tally, files, waiting = Tally(), 0, []
     for table in outcomes:
         rows = table.to_pylist()
         for row in rows:
             tally.add(row)
         waiting += [row for row in rows if not row["failure"]]
-        lost = [_reject(row).row() for row in rows if row["failure"]]
+        stage = rejected.rsplit("/", 1)[-1]
+        lost = [_reject(row, stage).row() for row in rows if row["failure"]]
         if lost:
             part = f"part-{tally.rows:08d}.parquet"
-            workspace.write_table(pa.Table.from_pylist(lost, REJECTS), REJECTED, part)
+            workspace.write_table(pa.Table.from_pylist(lost, REJECTS), rejected, part)
         if len(waiting) >= _ROWS_PER_FILE:
-            files = _flush(workspace, waiting, files)
+            files = _flush(workspace, artifact, waiting, files)
             waiting = []
-    _flush(workspace, waiting, files)
+    _flush(workspace, artifact, waiting, files)
     return tally
 
 
-def _flush(workspace: Workspace, rows: list[dict[str, Any]], number: int) -> int:
+def _flush(workspace: Workspace, artifact: str, rows: list[dict[str, Any]], number: int) -> int:
     table = pa.Table.from_pylist(rows, PREDICTIONS)
-    workspace.write_table(table, ARTIFACT, f"part-{number:05d}.parquet")
+    workspace.write_table(table, artifact, f"part-{number:05d}.parquet")
     return number + 1
 
 
-def _reject(row: Mapping[str, Any]) -> Reject:
+def _reject(row: Mapping[str, Any], stage: str) -> Reject:
     return Reject(
-        stage="generate",
+        stage=stage,
         reason=row["failure"],
         source_id=f"{row['model']}/{row['variant']}/{row['sampling']}, round {row['round_index']}",
         dialogue_id=row["dialogue_id"],
@@ -181,4 +188,4 @@ def _reject(row: Mapping[str, Any]) -> Reject:
     )
 
 
-STAGE = Stage("generate", plan, run, check_paths=("models",))
+STAGE = Stage("generate", plan, run, check_paths=("models",), chat_formats=FORMATS)

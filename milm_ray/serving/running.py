@@ -18,6 +18,7 @@ from typing import Any
 from milm_ray.config import load_config
 from milm_ray.errors import ConfigError, UserError
 from milm_ray.job import connect
+from milm_ray.models.chat_format import FORMATS
 from milm_ray.serving.endpoints import app_args, prepared_bases
 from milm_ray.serving.models import AppArgs, build_app
 from milm_ray.workspace import Workspace
@@ -142,7 +143,7 @@ def main(description: str, argv: Sequence[str] | None = None) -> int:
     options = parser.parse_intermixed_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     try:
-        config = load_config(options.config, options.override, ["models"])
+        config = load_config(options.config, options.override, ["models"], FORMATS)
         if not config.models:
             raise ConfigError(["models: name at least one model to serve"])
         workspace = Workspace.open(config.workspace)

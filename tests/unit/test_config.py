@@ -68,6 +68,21 @@ def test_a_model_needs_exactly_one_source(tmp_path):
         load_config(path)
 
 
+def test_a_model_from_the_hub_is_pinned(tmp_path):
+    path = write(tmp_path, "models: {q: {hub_id: Qwen/Qwen2.5-7B-Instruct, chat_format: llama3}}\n")
+    with pytest.raises(ConfigError, match=r"is not pinned.*Qwen2\.5-7B-Instruct/commits/main"):
+        load_config(path)
+    pinned = load_config(path, ["models.q.revision=0123abc"]).models["q"]
+    assert pinned.revision == "0123abc"
+
+
+def test_a_chat_format_is_one_that_the_job_knows(tmp_path):
+    path = write(tmp_path, "models: {q: {path: /anywhere, chat_format: chatml}}\n")
+    assert load_config(path).models["q"].chat_format == "chatml"
+    with pytest.raises(ConfigError, match=r"models\.q\.chat_format: .*known are glm4, llama3"):
+        load_config(path, chat_formats=["llama3", "glm4"])
+
+
 @pytest.mark.parametrize("text", ["- a\n- list\n", "a: [unclosed\n"])
 def test_a_file_that_is_no_mapping(tmp_path, text):
     with pytest.raises(ConfigError, match="--config"):

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from milm_ray.errors import UserError
-from milm_ray.finetune.samples import tokenise
+from milm_ray.finetune.samples import hold_out, tokenise
 from milm_ray.models.chat_format import IGNORE_INDEX
 
 MODELS = Path(__file__).resolve().parents[2] / "milm_ray/samples/models"
@@ -68,3 +70,31 @@ def test_a_round_longer_than_the_cutoff_is_left_out_by_name(tokenizer):
     assert found.too_long == ["long"]
     with pytest.raises(UserError, match="no training sample is left"):
         tokenise([long], tokenizer, "llama3", 100)
+
+
+@given(st.integers(2, 40), st.floats(0.01, 0.9), st.integers(0, 3))
+def test_held_out_dialogues_share_no_source_with_those_trained_on(count, share, seed):
+    rows = [
+        {"dialogue_id": f"{source}-{copy}", "source_dialogue_id": f"{source}"}
+        for source in range(count)
+        for copy in range(1 + source % 3)
+    ]
+    if max(1, round(share * count)) == count:
+        with pytest.raises(UserError, match="leaves none to train on"):
+            hold_out(rows, share, seed)
+        return
+    kept, held = hold_out(rows, share, seed)
+    assert len(kept) + len(held) == len(rows)
+    sources = {row["source_dialogue_id"] for row in held}
+    assert len(sources) == max(1, round(share * count))
+    assert not sources & {row["source_dialogue_id"] for row in kept}
+    # What is held out does not hang on the order of the table.
+    assert {row["dialogue_id"] for row in hold_out(rows[::-1], share, seed)[1]} == {
+        row["dialogue_id"] for row in held
+    }
+
+
+def test_another_seed_holds_out_others():
+    rows = [{"dialogue_id": str(number)} for number in range(40)]
+    assert hold_out(rows, 0.2, 1) != hold_out(rows, 0.2, 2)
+    assert hold_out(rows, 0.0, 1) == (rows, [])

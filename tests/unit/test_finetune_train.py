@@ -25,6 +25,8 @@ SETTINGS = {
     "lora": {"rank": 4, "alpha": 8},
 }
 
+HELD = {"eval_share": 0.2, "eval_steps": 1}
+
 
 def dialogues(count):
     """Rows of schema.MI_DIALOGUES, as far as training reads them."""
@@ -86,6 +88,8 @@ def outcomes(tmp_path_factory, base):
             {"name": "resumed", "resume_from": "killed/step-2"},
             {"name": "checkpointed", "settings": {"gradient_checkpointing": True}},
             {"name": "diverged", "settings": {"learning_rate": 1e20, "warmup_ratio": 0}},
+            {"name": "held", "settings": HELD},
+            {"name": "held_once", "settings": {**HELD, "eval_steps": 100}},
         ],
     )
     two = run(
@@ -95,6 +99,12 @@ def outcomes(tmp_path_factory, base):
         [
             {"name": "zero2", "settings": {"gradient_accumulation": 4, "zero_stage": 2}},
             {"name": "zero3", "settings": {"gradient_accumulation": 4, "zero_stage": 3}},
+            {
+                "name": "held3",
+                "settings": {**HELD, "gradient_accumulation": 4, "zero_stage": 3},
+            },
+            {"name": "whole", "only_load": True},
+            {"name": "divided", "only_load": True, "settings": {"zero_stage": 3}},
             {
                 "name": "killed3",
                 "die_after": 2,
@@ -131,6 +141,25 @@ def test_the_same_curve(outcomes, name):
         assert step == other_step
         assert other_loss == pytest.approx(loss, abs=1e-4)
         assert other_norm == pytest.approx(norm, rel=1e-3)
+
+
+def test_held_out_loss_is_taken_without_touching_the_training(outcomes):
+    every, once, divided = (outcomes[name] for name in ("held", "held_once", "held3"))
+    assert every["counts"]["eval_samples"] == 2
+    assert every["counts"]["samples"] == 9
+    assert [row["eval_loss"] is None for row in once["log"]] == [True, True, True, False]
+    losses = [row["eval_loss"] for row in every["log"]]
+    assert losses[-1] < losses[0]
+    assert losses[-1] == once["log"][-1]["eval_loss"]
+    assert [row["loss"] for row in every["log"]] == [row["loss"] for row in once["log"]]
+    assert [row["eval_loss"] for row in divided["log"]] == pytest.approx(losses, abs=1e-4)
+    assert all(row["eval_loss"] is None for row in outcomes["plain"]["log"])
+
+
+def test_zero_3_never_loads_the_whole_base_into_one_worker(outcomes):
+    whole, divided = outcomes["whole"]["weights"], outcomes["divided"]["weights"]
+    assert whole > 3_000_000
+    assert divided == pytest.approx(whole / 2, rel=0.02)
 
 
 def test_a_loss_that_is_no_number_stops_and_names_the_batch(outcomes):

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from milm_ray.config import FinetuneSection, ModelSection
 from milm_ray.errors import UserError
+from milm_ray.job import main
 from milm_ray.models import chat_format, registry
 from milm_ray.models.checkpoint import prepare_base
 
@@ -28,7 +30,7 @@ CHATML = chat_format.ChatFormat(
 QWEN = registry.BaseModel(
     name="qwen",
     hub_id="Qwen/Qwen2.5-7B-Instruct",
-    revision=None,
+    revision="0123456",
     chat_format="chatml",
     model_type="qwen2",
     lora_targets=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
@@ -105,6 +107,46 @@ def test_a_fourth_model_is_one_entry_and_one_format(tmp_path: Path) -> None:
     assert model.generation_config.eos_token_id == [258, 256]
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("fourth_model", "one_process")
+def test_a_fourth_model_trains(tmp_path: Path) -> None:
+    from milm_ray.finetune.bases import base_entry
+    from milm_ray.finetune.train import Task, train
+
+    source = write_qwen(tmp_path / "qwen-local")
+    section = ModelSection(path=str(source), chat_format="chatml")
+    assert base_entry("my-qwen", section) is QWEN
+    base = prepare_base(source, out_dir=tmp_path / "bases")
+    settings = FinetuneSection(learning_rate=0.02, epochs=6, precision="fp32", logging_steps=1)
+    task = Task("qwen", str(base), "qwen", "chatml", QWEN.lora_targets, settings, seed=1)
+    turns = [
+        {"role": "client", "content": "我睡不好。"},
+        {"role": "counselor", "content": "很辛苦。"},
+    ]
+    rows = [{"dialogue_id": str(number), "turns": turns} for number in range(4)]
+
+    def save(step, write):
+        write(tmp_path / "out")
+
+    log = train(task, rows, rank=0, workers=1, save=save, say=lambda text: None)["log"]
+    assert log[-1]["loss"] < log[0]["loss"] - 0.05
+    saved = json.loads((tmp_path / "out/adapter/adapter_config.json").read_text())
+    assert sorted(saved["target_modules"]) == sorted(QWEN.lora_targets)
+
+
+@pytest.mark.usefixtures("fourth_model")
+def test_a_job_takes_the_fourth_models_format_and_refuses_an_unknown_one(tmp_path: Path) -> None:
+    from milm_ray.finetune.launch import STAGE
+
+    config = tmp_path / "qwen.yaml"
+    model = "models: {qwen: {hub_id: Qwen/Qwen2.5-7B-Instruct, revision: abc, chat_format: chatml}}"
+    config.write_text(f"workspace: {tmp_path}/runs\n{model}\n")
+    arguments = ["--config", str(config), "--dry-run"]
+    assert main("", [STAGE], arguments) == 0
+    assert main("", [STAGE], [*arguments, "models.qwen.chat_format=alpaca"]) == 2
+    assert not (tmp_path / "runs").exists()
+
+
 def test_the_papers_models_carry_their_duties() -> None:
     assert set(registry.BASE_MODELS) == {"baichuan2", "glm4", "llama3"}
     for entry in registry.BASE_MODELS.values():
@@ -112,6 +154,7 @@ def test_the_papers_models_carry_their_duties() -> None:
         assert entry.licence
         assert entry.notice
         assert "lm_head" not in entry.lora_targets
+        assert entry.revision
     assert registry.get("llama3").revision == "v2"
     assert registry.adapter_name(registry.get("glm4")).startswith("glm-4")
     assert registry.get("glm4").notice == "Built with glm-4"

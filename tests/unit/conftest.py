@@ -1,0 +1,23 @@
+"""What tests of training share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+
+@pytest.fixture
+def one_process() -> Iterator[None]:
+    """A process group of one, as training needs it, on one thread: tiny models gain by no more."""
+    import torch
+    from torch import distributed
+
+    from milm_ray.finetune.engine import single_process
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    single_process()
+    yield
+    distributed.destroy_process_group()
+    torch.set_num_threads(threads)
