@@ -69,6 +69,9 @@ def estimate(
     size = 2 if settings.precision == "bf16" else 4
     split = workers if settings.zero_stage == 3 else 1
     weights = (layers * per_layer + embeddings) * size / split
+    if split > 1:
+        # What is gathered for use: the head or the embedding, a layer, and the layer fetched ahead.
+        weights += (vocabulary * hidden + 2 * per_layer) * size
 
     ends = 2 * (hidden + queries) + 2 * (hidden + keys) + 3 * (hidden + inner)
     adapter = layers * settings.lora.rank * ends * (size + _ADAPTER_STATE)
