@@ -18,7 +18,6 @@ import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
-    ConfigDict,
     Field,
     ValidationError,
     ValidationInfo,
@@ -26,6 +25,8 @@ from pydantic import (
 )
 
 from milm_ray.errors import ConfigError
+from milm_ray.section import Section
+from milm_ray.serve_settings import AccessSection, ChatSection, ServeSection
 
 CORPORA = ("cpsycound", "psydtcorpus", "smilechat", "efaqa", "psy_insight", "annomi")
 CorpusName = Literal["cpsycound", "psydtcorpus", "smilechat", "efaqa", "psy_insight", "annomi"]
@@ -54,10 +55,6 @@ def _known_chat_format(value: str, info: ValidationInfo) -> str:
     if known is not None and value not in known:
         raise ValueError(f"no such chat format; known are {', '.join(sorted(known))}")
     return value
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
 class RaySection(Section):
@@ -259,17 +256,6 @@ class PreferencesSection(Section):
     max_reject_rate: float = Field(0.5, ge=0, le=1, description="of rounds without a pair")
 
 
-class ServeSection(Section):
-    """The model endpoints used by `generate` and by `make serve`."""
-
-    max_model_len: int = Field(4096, ge=128)
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    cpus_per_replica: float = Field(1.0, gt=0)
-    gpus_per_replica: float = Field(1.0, ge=0)
-    engine: dict[str, Any] = Field(default_factory=dict, description="further vLLM engine options")
-    env: dict[str, str] = Field(default_factory=dict, description="environment of the replicas")
-
-
 class ScoreSection(Section):
     bootstrap: int = Field(2000, ge=100, description="resamples by dialogue")
 
@@ -291,6 +277,8 @@ class Config(Section):
     generate: GenerateSection = GenerateSection()
     preferences: PreferencesSection = PreferencesSection()
     score: ScoreSection = ScoreSection()
+    access: AccessSection = AccessSection()
+    chat: ChatSection = ChatSection()
 
 
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")

@@ -14,17 +14,16 @@ from typing import Any, Literal
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 from starlette.concurrency import run_in_threadpool
+from starlette.types import ASGIApp
 
+from milm_ray.serving.access import Gate
 from milm_ray.serving.adapters import Adapter, AdapterStore, split_id
 from milm_ray.serving.errors import error_body
 from milm_ray.serving.models import IngressArgs
-
-app = FastAPI(title="milm_ray model endpoints", docs_url=None, redoc_url=None)
 
 
 class Refused(Exception):
@@ -106,14 +105,15 @@ async def _streamed(
     return StreamingResponse(events(), media_type="text/event-stream")
 
 
-@app.exception_handler(Refused)
-async def _refuse(_request: Request, refused: Refused) -> Response:
+async def _refuse(_request: Request, refused: Exception) -> Response:
+    assert isinstance(refused, Refused)
     body = error_body(refused.status, refused.message)
     return Response(body, refused.status, refused.headers, "application/json")
 
 
-@serve.ingress(app)
 class Ingress:
+    """A Serve deployment: the routes below, behind the gate that asks for keys."""
+
     def __init__(
         self,
         args: dict[str, Any],
@@ -125,12 +125,25 @@ class Ingress:
         self._models = models
         self._started = int(time.time())
 
-    @app.get("/health")
+    def __serve_build_asgi_app__(self) -> ASGIApp:
+        app = FastAPI(title="milm_ray model endpoints", docs_url=None, redoc_url=None)
+        app.add_exception_handler(Refused, _refuse)
+        app.get("/health")(self.health)
+        app.get("/v1/models")(self.list_models)
+        app.get("/v1/models/{model_id}")(self.get_model)
+        app.post("/v1/chat/completions")(self.chat)
+        app.post("/v1/completions")(self.completions)
+        return Gate(
+            app,
+            self._args.keys_file,
+            replicas=self._args.replicas,
+            max_body_bytes=self._args.max_body_bytes,
+        )
+
     async def health(self) -> dict[str, str]:
         """Whether the ingress answers; Serve replaces replicas that do not."""
         return {"status": "ok"}
 
-    @app.get("/v1/models")
     async def list_models(self) -> JSONResponse:
         """Every base and every adapter that can be asked for now."""
         ids: list[str] = []
@@ -141,21 +154,18 @@ class Ingress:
                 ids += [adapter.public_id for adapter in found]
         return JSONResponse({"object": "list", "data": [self._card(model_id) for model_id in ids]})
 
-    @app.get("/v1/models/{model_id}")
     async def get_model(self, model_id: str) -> JSONResponse:
         await self._find(model_id)
         return JSONResponse(self._card(model_id))
 
-    @app.post("/v1/chat/completions")
     async def chat(self, request: Request) -> Response:
         return await self._answer("chat", ChatBody, request)
 
-    @app.post("/v1/completions")
     async def completions(self, request: Request) -> Response:
         return await self._answer("completions", CompletionBody, request)
 
     async def _answer(self, kind: str, schema: type[SamplingBody], request: Request) -> Response:
-        body = self._parse(schema, await self._read(request))
+        body = self._parse(schema, await request.body())
         handle, adapter = await self._find(body["model"])
         if adapter is not None:
             # The router prefers a replica that has the adapter already.
@@ -173,16 +183,6 @@ class Ingress:
                 503, "the model is not up at the moment; try again later", {"Retry-After": "10"}
             ) from None
         return Response(text, status, media_type="application/json")
-
-    async def _read(self, request: Request) -> bytes:
-        """The request's body, refused as soon as it is over the limit."""
-        limit, parts, size = self._args.max_body_bytes, [], 0
-        async for part in request.stream():
-            size += len(part)
-            if size > limit:
-                raise Refused(413, f"the request is longer than {limit:,} bytes")
-            parts.append(part)
-        return b"".join(parts)
 
     def _parse(self, schema: type[SamplingBody], raw: bytes) -> dict[str, Any]:
         try:

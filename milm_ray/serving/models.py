@@ -91,6 +91,11 @@ class IngressArgs(Arguments):
     max_body_bytes: int = Field(1 << 20, ge=1024, description="beyond it: 413")
     max_tokens: int = Field(4096, ge=1, description="most new tokens a request may ask for")
     default_max_tokens: int = Field(512, ge=1, description="where a request does not say")
+    keys_file: str | None = Field(
+        None,
+        description="API keys, made by `python jobs/keys.py add NAME`, on a path that every node "
+        "sees; None: no keys, and only this machine is answered",
+    )
 
 
 class AppArgs(Arguments):
@@ -128,7 +133,7 @@ def build_app(args: AppArgs) -> Application:
         num_replicas=args.ingress.replicas,
         ray_actor_options={"num_cpus": args.ingress.num_cpus},
         max_ongoing_requests=1_000_000,  # the models' own queues are what is bounded
-    )(Ingress)
+    )(serve.ingress()(Ingress))
     return ingress.bind(args.ingress.model_dump(), args.adapters_root, models)
 
 

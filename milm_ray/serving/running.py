@@ -14,12 +14,14 @@ import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+from urllib.parse import urlsplit
 
 from milm_ray.config import load_config
 from milm_ray.errors import ConfigError, UserError
 from milm_ray.job import connect
 from milm_ray.models.chat_format import FORMATS
-from milm_ray.serving.endpoints import app_args, prepared_bases
+from milm_ray.serving.chat.build import ChatArgs, build_chat_app
+from milm_ray.serving.endpoints import app_args, chat_args, check_access, prepared_bases
 from milm_ray.serving.models import AppArgs, build_app
 from milm_ray.workspace import Workspace
 
@@ -29,12 +31,15 @@ _QUIET = {"log_level": "WARNING", "enable_access_log": False}
 
 @contextmanager
 def running_models(
-    args: AppArgs, port: int | None = None, start_timeout_s: float = 1800
+    args: AppArgs,
+    port: int | None = None,
+    start_timeout_s: float = 1800,
+    host: str = "127.0.0.1",
 ) -> Iterator[str]:
     """Serve the models of `args` and yield the base URL of their OpenAI-compatible API.
 
     Ray must be connected. Where Serve runs already, the models become one more application beside
-    what it serves, and only that is removed afterwards; else Serve itself is started on a loopback
+    what it serves, and only that is removed afterwards; else Serve itself is started at `host` on a
     port (None: a free one) and shut down. Raises UserError when a model does not come up.
     """
     from ray import serve
@@ -45,7 +50,7 @@ def running_models(
     port = running or port or _free_port()
     if ours:
         serve.start(
-            http_options={"host": "127.0.0.1", "port": port, "location": "HeadOnly"},
+            http_options={"host": host, "port": port, "location": "HeadOnly"},
             logging_config=_QUIET,
         )
     prefix = "" if ours else f"/{name}"
@@ -56,13 +61,32 @@ def running_models(
         serve.run_many([target], wait_for_applications_running=False)
         _wait(name, start_timeout_s)
         url = f"http://127.0.0.1:{port}{prefix}/v1"
-        _wait_for_http(f"{url}/models")
+        _wait_for_http(f"http://127.0.0.1:{port}{prefix}/health")
         yield url
     finally:
         if ours:
             serve.shutdown()
         else:
             serve.delete(name)
+
+
+@contextmanager
+def running_chat(args: ChatArgs, models_url: str, start_timeout_s: float = 300) -> Iterator[str]:
+    """Serve the chat at /chat beside the models that `running_models` serves; yields its URL."""
+    from ray import serve
+
+    target = serve.RunTarget(
+        target=build_chat_app(args), name="chat", route_prefix="/chat", logging_config=_QUIET
+    )
+    serve.run_many([target], wait_for_applications_running=False)
+    try:
+        _wait("chat", start_timeout_s)
+        parts = urlsplit(models_url)
+        url = f"{parts.scheme}://{parts.netloc}/chat"
+        _wait_for_http(f"{url}/health")
+        yield url
+    finally:
+        serve.delete("chat")
 
 
 def _wait(name: str, timeout_s: float) -> None:
@@ -146,11 +170,16 @@ def main(description: str, argv: Sequence[str] | None = None) -> int:
         config = load_config(options.config, options.override, ["models"], FORMATS)
         if not config.models:
             raise ConfigError(["models: name at least one model to serve"])
+        check_access(config)
         workspace = Workspace.open(config.workspace)
         bases = prepared_bases(config, workspace)
         connect(config)
-        with running_models(app_args(config, workspace, bases), options.port) as url:
-            log.info("serving at %s; interrupt to stop", url)
+        models = app_args(config, workspace, bases, keys=True)
+        with (
+            running_models(models, options.port, host=config.access.host) as url,
+            running_chat(chat_args(config, workspace, url), url) as chat_url,
+        ):
+            log.info("models at %s, chat at %s; interrupt to stop", url, chat_url)
             threading.Event().wait()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)

@@ -6,7 +6,12 @@ it, `help_message(level, category)` for what the client reads when the model mus
 
 from milm_ray.serving.safety.config import CATEGORIES, Category, HelpLine, SafetyConfig
 from milm_ray.serving.safety.conversation import Assessment, HistoryError, Level, assess
-from milm_ray.serving.safety.messages import help_message, intervention_record, lines_for
+from milm_ray.serving.safety.messages import (
+    help_message,
+    intervention_record,
+    lines_for,
+    replacement_message,
+)
 from milm_ray.serving.safety.reply import SentenceGuard, Violation, check_reply
 
 __all__ = [
@@ -24,4 +29,5 @@ __all__ = [
     "help_message",
     "intervention_record",
     "lines_for",
+    "replacement_message",
 ]

@@ -81,10 +81,21 @@ _MEDIUM = {
     "en": "What you said matters and is not easy. We can go on talking; if it becomes too much or "
     "dangerous for you or for the person you worry about, please reach people who can help:",
 }
+_REPLACED = {
+    "zh": "抱歉，刚才的回复里有我不该说的内容，所以没有显示。"
+    "我不能做诊断，也不能给用药或治疗上的建议，这些请问医生。我们可以接着聊你自己的想法和感受。",
+    "en": "Sorry: my reply contained something that I should not say, so it is not shown. I cannot "
+    "diagnose, and cannot advise on medicines or treatment; please ask a doctor. We can go on with "
+    "your own thoughts and feelings.",
+}
 _LINES = {"zh": "可以拨打：", "en": "You can call:"}
 _HOURS = {
     "zh": "各地服务时间不同；没有接通时请再拨，或拨打其他号码。",
     "en": "Hours differ by place; if a call does not get through, try again or another number.",
+}
+_CHECKED = {
+    "zh": "（号码核对日期：{}）",
+    "en": "(Numbers checked on {}.)",
 }
 
 
@@ -97,19 +108,26 @@ def help_message(
 ) -> str:
     """The preset text for an assessment, with the help lines that fit it; "" at level none.
 
-    It says that it is an AI, and states no hours. lines: SafetyConfig.help_lines (default: the
-    built-in ones); minor: the client seems to be under 18, the youth line is named first.
+    It says that it is an AI and when each number was checked, and states no hours. lines:
+    SafetyConfig.help_lines (default: the built-in ones); minor: the client seems to be under 18,
+    the youth line is named first.
     """
     if level == "none" or category == "none":
         return ""
     chosen = lines_for(category, SafetyConfig().help_lines if lines is None else lines, minor)
     name = "name_zh" if lang == "zh" else "name_en"
     listed = [f"· {line.number} {getattr(line, name)}" for line in chosen]
+    checked = _CHECKED[lang].format(min(line.checked_on for line in chosen))
     if level == "high":
-        parts = [_HIGH[category][lang], _LINES[lang], *listed, _HOURS[lang], _AI[lang]]
+        parts = [_HIGH[category][lang], _LINES[lang], *listed, _HOURS[lang], _AI[lang], checked]
     else:
-        parts = [_MEDIUM[lang], *listed, _HOURS[lang], _AI[lang]]
+        parts = [_MEDIUM[lang], *listed, _HOURS[lang], _AI[lang], checked]
     return "\n".join(parts)
+
+
+def replacement_message(lang: Language = "zh") -> str:
+    """The preset text in place of a reply that must not be shown."""
+    return _REPLACED[lang]
 
 
 def lines_for(category: Category, lines: Sequence[HelpLine], minor: bool = False) -> list[HelpLine]:

@@ -1,0 +1,134 @@
+"""The chat and a model behind it as processes that a test can kill."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+import uuid
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+
+
+class Process:
+    """A process that prints the port it listens at."""
+
+    def __init__(self, script: str, *arguments: str) -> None:
+        command = [sys.executable, str(HERE / script), *arguments]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert self.process.stdout is not None
+        self.port = int(self.process.stdout.readline() or 0)
+        assert self.port, f"{script} did not start"
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def terminate(self) -> None:
+        self.process.terminate()
+        self.process.wait(20)
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+
+
+class ModelServer(Process):
+    def __init__(self, folder: Path, pause: float = 0.02) -> None:
+        self.log = folder / f"asked-{uuid.uuid4().hex[:6]}.jsonl"
+        self.log.touch()
+        super().__init__("chat_model.py", "--log", str(self.log), "--pause", str(pause))
+        self.url = f"http://127.0.0.1:{self.port}/v1"
+
+    def asked(self, about: str = "") -> list[dict[str, Any]]:
+        """The questions that came, whole, of which the last message holds `about`."""
+        lines = self.log.read_text(encoding="utf-8").splitlines()
+        questions = [json.loads(line) for line in lines]
+        return [q for q in questions if about in q["messages"][-1]["content"]]
+
+
+class ChatServer(Process):
+    """One replica of the chat. Settings as in ChatSection; options: keys_file, port."""
+
+    def __init__(self, database: str, model: ModelServer, **options: Any) -> None:
+        known = {name: options.pop(name) for name in ("keys_file", "port") if name in options}
+        settings = {"models_url": model.url, **options}
+        if database.startswith(("sqlite:", "postgresql:")):
+            settings["database"] = database
+        else:
+            known["default_database"] = database
+        super().__init__("chat_server.py", json.dumps({"settings": settings, **known}))
+        self.url = f"http://127.0.0.1:{self.port}/"
+
+
+class Person:
+    """Somebody who uses the chat's API, at any replica."""
+
+    def __init__(self, url: str, key: str | None = None) -> None:
+        self.url = url
+        self.secret = uuid.uuid4().hex + uuid.uuid4().hex
+        self.headers = {"X-Person": self.secret}
+        if key is not None:
+            self.headers["Authorization"] = f"Bearer {key}"
+        self.session = ""
+
+    def call(self, method: str, path: str, body: Any = None, timeout: float = 60) -> Any:
+        """(status, JSON or text)"""
+        data = body if isinstance(body, bytes | None) else json.dumps(body).encode()
+        headers = {**self.headers, "Content-Type": "application/json"}
+        request = urllib.request.Request(self.url + path, data, headers, method=method)
+        try:
+            with urllib.request.urlopen(request, timeout=timeout) as response:
+                return response.status, _decoded(response.read())
+        except urllib.error.HTTPError as error:
+            return error.code, _decoded(error.read())
+
+    def begin(self, **wanted: Any) -> dict[str, Any]:
+        self.session = uuid.uuid4().hex
+        body = {"session_id": self.session, **wanted}
+        status, session = self.call("POST", "api/sessions", body)
+        assert status == 201, session
+        return session
+
+    def send(self, text: str, message_id: str | None = None) -> str:
+        """Send a message and return its id, without waiting for the reply."""
+        message_id = message_id or uuid.uuid4().hex
+        body = {"message_id": message_id, "content": text}
+        status, answer = self.call("POST", f"api/sessions/{self.session}/messages", body)
+        assert status == 202, answer
+        return message_id
+
+    def reply(self, message_id: str) -> dict[str, Any]:
+        """Follow a reply to its end; the reply as the session then holds it."""
+        path = f"api/sessions/{self.session}/messages/{message_id}/reply"
+        status, events = self.call("GET", path)
+        assert status == 200, events
+        assert '"end"' in events, events
+        found = [m for m in self.messages() if m["message_id"] == message_id]
+        assert [message["role"] for message in found] == ["client", "counselor"]
+        return found[1]
+
+    def say(self, text: str) -> dict[str, Any]:
+        return self.reply(self.send(text))
+
+    def get(self) -> dict[str, Any]:
+        status, session = self.call("GET", f"api/sessions/{self.session}")
+        assert status == 200, session
+        return session
+
+    def messages(self) -> list[dict[str, Any]]:
+        return self.get()["messages"]
+
+
+def _decoded(data: bytes) -> Any:
+    text = data.decode("utf-8")
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
