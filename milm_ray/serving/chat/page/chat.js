@@ -181,7 +181,9 @@ function render() {
     item.className = `${message.role}${preset ? " preset" : ""}`;
     set(item.querySelector(".who"), message.role === "client" ? word("me") : word(preset ? "preset" : "ai"));
     const said = item.querySelector(".said");
-    if (said.textContent !== message.content) {
+    const anew = item.dataset.kind !== message.kind;
+    item.dataset.kind = message.kind;
+    if (anew || said.textContent !== message.content) {
       if (!preset && message.content.startsWith(said.textContent)) {
         const more = document.createElement("span");
         more.textContent = message.content.slice(said.textContent.length);
