@@ -16,7 +16,6 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
-    AfterValidator,
     BaseModel,
     Field,
     ValidationError,
@@ -25,28 +24,13 @@ from pydantic import (
 )
 
 from milm_ray.errors import ConfigError
-from milm_ray.section import Section
+from milm_ray.section import Section, input_path
 from milm_ray.serve_settings import AccessSection, ChatSection, ServeSection
+from milm_ray.study_settings import MitiSection, SimulateSection
 
 CORPORA = ("cpsycound", "psydtcorpus", "smilechat", "efaqa", "psy_insight", "annomi")
 CorpusName = Literal["cpsycound", "psydtcorpus", "smilechat", "efaqa", "psy_insight", "annomi"]
 ModelName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")]
-
-
-def _is_remote(path: str) -> bool:
-    return "://" in path
-
-
-def _input_path(section: str) -> AfterValidator:
-    """A path that must exist when a job is going to read `section` (see load_config)."""
-
-    def check(value: str, info: ValidationInfo) -> str:
-        wanted = (info.context or {}).get("check_paths", ())
-        if section in wanted and not _is_remote(value) and not Path(value).exists():
-            raise ValueError(f"no such file or directory: {value}")
-        return value
-
-    return AfterValidator(check)
 
 
 def _known_chat_format(value: str, info: ValidationInfo) -> str:
@@ -63,7 +47,7 @@ class RaySection(Section):
 
 
 class CorpusSource(Section):
-    path: Annotated[str, _input_path("ingest")] = Field(
+    path: Annotated[str, input_path("ingest")] = Field(
         description="directory, archive or file in the corpus's own layout"
     )
     limit: int | None = Field(
@@ -95,7 +79,7 @@ class LLMSection(Section):
     offline: bool = Field(
         False, description="answer from recorded replies only; a miss is an error"
     )
-    recorded: list[Annotated[str, _input_path("llm")]] = Field(
+    recorded: list[Annotated[str, input_path("llm")]] = Field(
         default_factory=list, description="reply stores to read beside the workspace's own"
     )
     temperature: float = Field(0.7, ge=0, le=2)
@@ -158,7 +142,7 @@ class AugmentSection(Section):
 
 
 class ModelSection(Section):
-    path: Annotated[str, _input_path("models")] | None = Field(
+    path: Annotated[str, input_path("models")] | None = Field(
         None, description="checkpoint directory; None: the hub id of `hub_id`"
     )
     hub_id: str | None = None
@@ -279,6 +263,10 @@ class Config(Section):
     score: ScoreSection = ScoreSection()
     access: AccessSection = AccessSection()
     chat: ChatSection = ChatSection()
+    client: LLMSection = LLMSection(temperature=0.9, max_tokens=512)
+    simulate: SimulateSection = SimulateSection()
+    coder: LLMSection = LLMSection(temperature=0.0, max_tokens=4096)
+    miti: MitiSection = MitiSection()
 
 
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
@@ -363,8 +351,8 @@ def load_config(
     """Read and validate a configuration.
 
     path: the YAML file; overrides: `section.key=value`; check_paths: the sections ("ingest", "llm",
-    "models") whose input paths the job will read and that must therefore exist; chat_formats: the
-    names that models may give, None: any.
+    "miti", "models") whose input paths the job will read and that must therefore exist;
+    chat_formats: the names that models may give, None: any.
     Raises ConfigError with every problem at once; writes nothing.
     """
     path = Path(path)

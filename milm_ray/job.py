@@ -7,11 +7,13 @@ A stage is a name, a `plan` (cheap, writes nothing) and a `run` (idempotent, ret
 from __future__ import annotations
 
 import argparse
+import itertools
 import logging
 import os
 import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,7 +62,9 @@ class Stage:
     """One step of the pipeline.
 
     check_paths: the config sections whose input paths it reads; chat_formats: the names that it
-    accepts as a model's chat format, None where it renders no dialogue.
+    accepts as a model's chat format, None where it renders no dialogue. around: opens what
+    neighbouring stages with the same `around` share (engines that take minutes to start); it is
+    entered before the first of them and left after the last.
     """
 
     name: str
@@ -69,6 +73,7 @@ class Stage:
     check_paths: Sequence[str] = field(default=())
     chat_formats: Collection[str] | None = None
     uses_ray: bool = True
+    around: Callable[[], AbstractContextManager[Any]] | None = None
 
 
 def main(description: str, stages: Sequence[Stage], argv: Sequence[str] | None = None) -> int:
@@ -98,8 +103,11 @@ def main(description: str, stages: Sequence[Stage], argv: Sequence[str] | None =
             return 0
         if any(stage.uses_ray and not plan.done for stage, plan in plans):
             connect(config)
-        for number, stage in enumerate(stages, 1):
-            _run_stage(stage, config, workspace, f"[{number}/{len(stages)}]")
+        numbered = list(enumerate(stages, 1))
+        for around, neighbours in itertools.groupby(numbered, lambda pair: pair[1].around):
+            with around() if around else nullcontext():
+                for number, stage in neighbours:
+                    _run_stage(stage, config, workspace, f"[{number}/{len(stages)}]")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return error.exit_code

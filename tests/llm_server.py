@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import sys
 import time
 from pathlib import Path
@@ -40,6 +41,33 @@ def right_answer(messages: list[dict[str, str]]) -> str:
             "reason": f"第{number % 1000}号",
         }
         return json.dumps(verdict, ensure_ascii=False)
+    if "MITI 4.2.1 编码员" in messages[0]["content"]:
+        spoken = re.findall(r"\[(\d+)\] 咨询师", messages[1]["content"])
+        scores = ("cultivating_change_talk", "softening_sustain_talk", "partnership", "empathy")
+        return json.dumps(
+            {
+                "target_behavior": "早睡",
+                "codes": [{"volley": int(v), "utterance": 1, "code": "SR"} for v in spoken],
+                "global_scores": dict.fromkeys(scores, 1 + number % 5),
+            },
+            ensure_ascii=False,
+        )
+    if "met_belief" in messages[0]["content"]:
+        actions = list(json.loads(re.search(r"可选动作：(.*)", question).group(1)))
+        return json.dumps(
+            {
+                "engagement": 1 + number % 5,
+                "touches_reason": number % 3 == 0,
+                "met_belief": number % 3,
+                "offers_plan": number % 2 == 0,
+                "weights": {action: number % (7 + n) for n, action in enumerate(actions)},
+            }
+        )
+    if "扮演一位来做心理咨询的来访者" in messages[0]["content"]:
+        return f"{SENTENCE}{number % 9973}"
+    if "给来访者的每一轮" in messages[0]["content"]:
+        turns_ = messages[1]["content"].count("来访者：") - 1
+        return json.dumps({"actions": ["inform"] * turns_})
     turns = []
     for k in range(7 + number % 4):
         turns.append({"role": "client", "content": f"{SENTENCE}{number % 9973}之{k}"})

@@ -198,12 +198,12 @@ class _Predictor:
         self._workspace = workspace
         self._store = ReplyStore(workspace)
         self._runs = runs
-        self._tokenizers = {run.base: _Tokenizer(run.base) for run in runs}
+        self._tokenizers = {run.base: Tokenizer(run.base) for run in runs}
         self._budget = config.serve.max_model_len - config.generate.max_new_tokens
         # First come, first served: the order in which rounds are asked is the prefix cache's.
         self._places = asyncio.Semaphore(concurrency)
         self._clients = {
-            run: LLMClient(_settings(config, run, base_url), self._store) for run in runs
+            run: LLMClient(settings(config, run, base_url), self._store) for run in runs
         }
 
     async def __call__(self, batch: pa.Table) -> AsyncIterator[pa.Table]:
@@ -243,19 +243,16 @@ class _Predictor:
             return {**prediction, "failure": _STOPPED, "detail": f"{error.cause}\n{error.fix}"}
         return {
             **prediction,
-            # The glm4 format opens a reply with a line break: format, not text.
-            "text": reply.text.removeprefix(self._opening(run)),
+            # The glm4 format opens a reply with a line break.
+            "text": reply.text.removeprefix(opening(run.chat_format)),
             "finish_reason": reply.finish_reason,
             "prompt_tokens": reply.prompt_tokens,
             "completion_tokens": reply.completion_tokens,
             "latency_s": reply.latency_s,
         }
 
-    def _opening(self, run: Run) -> str:
-        return chat_format.get(run.chat_format).reply.partition("{}")[0]
 
-
-class _Tokenizer:
+class Tokenizer:
     """A prepared base's tokenizer as `chat_format` needs it, without importing transformers."""
 
     def __init__(self, base: str) -> None:
@@ -267,7 +264,12 @@ class _Tokenizer:
         return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
 
 
-def _settings(config: Config, run: Run, base_url: str) -> LLMSection:
+def opening(name: str) -> str:
+    """What a chat format puts ahead of every reply: format, not text."""
+    return chat_format.get(name).reply.partition("{}")[0]
+
+
+def settings(config: Config, run: Run, base_url: str) -> LLMSection:
     """The endpoint of one run as the LLM client knows it; it costs nothing per token."""
     greedy = run.seed is None
     generate = config.generate

@@ -22,6 +22,7 @@ from milm_ray.models.chat_format import FORMATS
 from milm_ray.schema import PREDICTIONS, REJECTS, Reject
 from milm_ray.serving import batch
 from milm_ray.serving.endpoints import app_args, prepared_bases
+from milm_ray.serving.running import kept_models, models_in_use
 from milm_ray.workspace import Workspace
 
 ARTIFACT = "predictions"
@@ -71,8 +72,6 @@ def run(config: Config, workspace: Workspace) -> Mapping[str, Any]:
 
     Raises UserError, after everything is written, when too many rounds got no reply.
     """
-    from milm_ray.serving.running import running_models
-
     fingerprint = _fingerprint(config, workspace)
     if finished(workspace, ARTIFACT, fingerprint):
         return workspace.manifest(ARTIFACT)
@@ -81,7 +80,7 @@ def run(config: Config, workspace: Workspace) -> Mapping[str, Any]:
     wanted = batch.runs(config, workspace, bases)
     args = app_args(config, workspace, bases)
     log.info("generate | starts %d engines; this takes a while", len(args.models))
-    with running_models(args) as base_url:
+    with models_in_use(args) as base_url:
         serving_s = round(time.time() - started, 1)
         log.info("generate | endpoints at %s after %.0f s", base_url, serving_s)
         tally = write(workspace, batch.predict(config, workspace, wanted, base_url))
@@ -188,4 +187,6 @@ def _reject(row: Mapping[str, Any], stage: str) -> Reject:
     )
 
 
-STAGE = Stage("generate", plan, run, check_paths=("models",), chat_formats=FORMATS)
+STAGE = Stage(
+    "generate", plan, run, check_paths=("models",), chat_formats=FORMATS, around=kept_models
+)

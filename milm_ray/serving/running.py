@@ -12,7 +12,8 @@ import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -27,6 +28,46 @@ from milm_ray.workspace import Workspace
 
 log = logging.getLogger("milm_ray")
 _QUIET = {"log_level": "WARNING", "enable_access_log": False}
+
+
+class _Kept:
+    """Models that stay up from one stage to the next, and what ends them."""
+
+    def __init__(self) -> None:
+        self.stack = ExitStack()
+        self.urls: list[tuple[AppArgs, str]] = []
+
+
+_kept: ContextVar[_Kept | None] = ContextVar("kept_models", default=None)
+
+
+@contextmanager
+def kept_models() -> Iterator[None]:
+    """In this block, `models_in_use` starts models once and leaves them up until the block ends."""
+    kept = _Kept()
+    token = _kept.set(kept)
+    try:
+        with kept.stack:
+            yield
+    finally:
+        _kept.reset(token)
+
+
+@contextmanager
+def models_in_use(args: AppArgs) -> Iterator[str]:
+    """`running_models`, shared by the stages within one `kept_models` block."""
+    kept = _kept.get()
+    if kept is None:
+        with running_models(args) as url:
+            yield url
+        return
+    for known, url in kept.urls:
+        if known == args:
+            yield url
+            return
+    url = kept.stack.enter_context(running_models(args))
+    kept.urls.append((args, url))
+    yield url
 
 
 @contextmanager
