@@ -15,8 +15,14 @@ from milm_ray.dataset.transcribe import STAGE as TRANSCRIBE
 from milm_ray.evaluation.stage import STAGE as SCORE
 from milm_ray.finetune.launch import STAGE as FINETUNE
 from milm_ray.job import main
+from milm_ray.miti.codings import STAGE as CODE
+from milm_ray.miti.simulate import stage as simulate
+from milm_ray.miti.study import STAGE as STUDY
+from milm_ray.miti.study_packet import STAGE as PACKET
 from milm_ray.report.stage import STAGE as REPORT
+from milm_ray.serving.counselors import counselors
 from milm_ray.serving.predict import STAGE as GENERATE
+from milm_ray.serving.running import kept_models
 
 STAGES = [
     INGEST,  # raw corpora → dialogues
@@ -25,7 +31,11 @@ STAGES = [
     SPLIT,  # MI dialogues → train, test, test rounds
     FINETUNE,  # train → one adapter per base model, all models at once
     GENERATE,  # test rounds → predictions of every base and adapter, through the endpoints
+    simulate(counselors, around=kept_models),  # the same endpoints → sessions of simulated clients
     SCORE,  # predictions → BLEU, ROUGE, Figure 3
+    PACKET,  # sessions, real dialogues → a blind packet and its sheets
+    CODE,  # sheets, coding page, automatic coders → codings
+    STUDY,  # codings → Tables 4, 5, 6
     REPORT,  # everything → one page
 ]
 

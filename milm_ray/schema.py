@@ -152,6 +152,35 @@ PREFERENCE_LOG = pa.schema(
         "accuracy": pa.float64(),  # share of pairs whose chosen reply has the higher reward
     }
 )
+# One coder's work on one dialogue of the MITI study. Rows of different sources are never pooled.
+CODINGS = pa.schema(
+    {
+        "item_id": pa.string(),  # the dialogue's name in the blind packet
+        "dialogue_id": pa.string(),
+        "group": pa.string(),  # the arm: an MI-LLM, real dialogues
+        "coder": pa.string(),
+        "source": pa.string(),  # human | adjudicated | automatic | mapped (from AnnoMI's labels)
+        "status": pa.string(),  # coded | uncoded
+        "reason": pa.string(),  # why it is uncoded
+        "scope": pa.list_(pa.string()),  # the codes that this coder gives at all
+        "target_behavior": pa.string(),
+        # By volley and utterance, both from 1; empty where a source has counts only.
+        "codes": pa.list_(
+            pa.struct(
+                [
+                    pa.field("volley", pa.int64()),
+                    pa.field("utterance", pa.int64()),
+                    pa.field("code", pa.string()),
+                ]
+            )
+        ),
+        "counts": pa.map_(pa.string(), pa.int64()),
+        "global_scores": pa.map_(pa.string(), pa.int64()),  # 1 to 5
+        "rounds": pa.int64(),
+        "comment": pa.string(),
+        "reply_key": pa.string(),
+    }
+)
 TRAINING_LOG = pa.schema(
     {
         "model": pa.string(),

@@ -246,5 +246,9 @@ def _maker(artifact: str) -> str:
         "preferences": "preferences",
         "metrics": "score",
         "sessions": "simulate",
+        "packet": "miti",
+        "packet_key": "miti",
+        "codings": "miti",
+        "study": "miti",
     }
     return f"jobs/{makers.get(artifact.split('/')[0], 'pipeline')}.py"

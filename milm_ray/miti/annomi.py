@@ -40,6 +40,7 @@ COLUMNS = (
     "client_talk_type",
 )
 MEASURES = ("complex_reflection_ratio", "reflection_to_question")
+MAPPED = ("gi", "question", "simple_reflection", "complex_reflection")  # what carries over
 # Labels without one MITI code: counted by name, never guessed.
 UNMAPPED = ("advice", "options", "negotiation")
 _CAUTIOUS = ("False", "simple")  # what a tie falls to, as the manual decides when unsure

@@ -76,24 +76,37 @@ class CodedItem:
         return Coding(dialogue_id, self.coder, group, counts, scores, rounds)
 
 
-def _utterance_rows(items: Iterable[Item]) -> list[list[Any]]:
+Coded = Mapping[str, CodedItem]
+
+
+def _utterance_rows(items: Iterable[Item], coded: Coded) -> list[list[Any]]:
+    short = {code.name: code.short for code in CODES}
+
+    def code(item: Item, volley: int, number: int) -> str:
+        work = coded.get(item.item_id)
+        return short[work.codes[volley, number]] if work and (volley, number) in work.codes else ""
+
     return [
-        [item.item_id, volley.number, number, volley.role, text, ""]
+        [item.item_id, volley.number, number, volley.role, text, code(item, volley.number, number)]
         for item in items
         for volley in item.volleys
         for number, text in enumerate(volley.utterances, 1)
     ]
 
 
-def write_csv(packet: Packet, folder: Path, coder: str) -> tuple[Path, Path]:
+def write_csv(
+    items: Sequence[Item], folder: Path, coder: str, work: Sequence[CodedItem] = ()
+) -> tuple[Path, Path]:
     """Write <coder>-utterances.csv and <coder>-globals.csv; returns their paths.
 
+    work: what the coder has coded so far, filled in; empty sheets without it.
     UTF-8 with a byte order mark, since Excel takes Chinese without one for another encoding. A
     text that a spreadsheet would run as a formula gets an apostrophe in front, as Excel's own.
     """
+    coded = {item.item_id: item for item in work}
     tables = {
-        UTTERANCES: (UTTERANCE_COLUMNS, _utterance_rows(packet.items)),
-        GLOBAL_SHEET: (GLOBAL_COLUMNS, _global_rows(packet)),
+        UTTERANCES: (UTTERANCE_COLUMNS, _utterance_rows(items, coded)),
+        GLOBAL_SHEET: (GLOBAL_COLUMNS, _global_rows(items, coded)),
     }
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
@@ -107,15 +120,25 @@ def write_csv(packet: Packet, folder: Path, coder: str) -> tuple[Path, Path]:
     return paths[0], paths[1]
 
 
-def _global_rows(packet: Packet) -> list[list[Any]]:
-    return [[item.item_id, *[""] * (len(GLOBAL_COLUMNS) - 1)] for item in packet.items]
+def _global_rows(items: Iterable[Item], coded: Coded) -> list[list[Any]]:
+    empty = CodedItem("", "", "", {}, {})
+    return [
+        [
+            item.item_id,
+            work.target_behavior,
+            *(work.global_scores.get(name, "") for name in GLOBAL_NAMES),
+            work.comment,
+        ]
+        for item in items
+        for work in [coded.get(item.item_id, empty)]
+    ]
 
 
 def _inert(cell: Any) -> Any:
     return f"'{cell}" if isinstance(cell, str) and cell[:1] in ("=", "+", "-", "@") else cell
 
 
-def write_xlsx(packet: Packet, path: Path) -> None:
+def write_xlsx(items: Sequence[Item], path: Path) -> None:
     """Write one workbook: the utterances, the global scores, and how to code.
 
     Codes are picked from a list, client rows and the text are grey and not for writing.
@@ -127,8 +150,8 @@ def write_xlsx(packet: Packet, path: Path) -> None:
     book = Workbook()
     grey = PatternFill("solid", fgColor="EEEEEE")
     sheets = (
-        (UTTERANCES, UTTERANCE_COLUMNS, _utterance_rows(packet.items), (10, 8, 10, 11, 80, 10)),
-        (GLOBAL_SHEET, GLOBAL_COLUMNS, _global_rows(packet), (10, 24, 14, 14, 14, 14, 40)),
+        (UTTERANCES, UTTERANCE_COLUMNS, _utterance_rows(items, {}), (10, 8, 10, 11, 80, 10)),
+        (GLOBAL_SHEET, GLOBAL_COLUMNS, _global_rows(items, {}), (10, 24, 14, 14, 14, 14, 40)),
     )
     book.remove(book.worksheets[0])
     for name, columns, rows, widths in sheets:

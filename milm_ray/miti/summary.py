@@ -31,6 +31,14 @@ THRESHOLDS: dict[str, tuple[float, float]] = {
     "complex_reflection_ratio": (0.4, 0.5),
     "reflection_to_question": (1.0, 2.0),
 }
+# The codes that a measure is made of: a coder who does not give them all leaves it undefined.
+NEEDS: dict[str, tuple[str, ...]] = {
+    "complex_reflection_ratio": ("simple_reflection", "complex_reflection"),
+    "reflection_to_question": ("simple_reflection", "complex_reflection", "question"),
+    "total_mia": MI_ADHERENT,
+    "total_mina": MI_NON_ADHERENT,
+    "mia_ratio": (*MI_ADHERENT, *MI_NON_ADHERENT),
+}
 _UNDEFINED = {
     "technical_global": "needs cultivating_change_talk and softening_sustain_talk",
     "relational_global": "needs partnership and empathy",
@@ -128,7 +136,8 @@ class Coding:
 
     counts by code and global scores by name, as `summary_scores` takes them; group is the arm
     (a model, real dialogues); rounds is the dialogue's number of rounds, 0 when unknown;
-    automatic marks a model's coding, which is never pooled with people's.
+    automatic marks a model's coding, which is never pooled with people's; scope names the codes
+    that this coder gives at all: the others have no count, which is not a count of 0.
     """
 
     dialogue_id: str
@@ -138,9 +147,22 @@ class Coding:
     global_scores: Mapping[str, float | None] = field(default_factory=dict)
     rounds: int = 0
     automatic: bool = False
+    scope: tuple[str, ...] = CODE_NAMES
 
     def __post_init__(self) -> None:
         _check(self.counts, self.global_scores)
+
+    def count(self, code: str) -> float | None:
+        """How often a code was given; None for one that this coder does not give."""
+        return self.counts.get(code, 0) if code in self.scope else None
+
+    def scores(self) -> dict[str, float | None]:
+        """`summary_scores`; None also where a measure needs codes outside the coder's scope."""
+        found = summary_scores(self.counts, self.global_scores)
+        return {
+            measure: value if set(NEEDS.get(measure, ())) <= set(self.scope) else None
+            for measure, value in found.items()
+        }
 
 
 class Spread(NamedTuple):
@@ -182,18 +204,18 @@ def summarise_group(codings: Sequence[Coding]) -> GroupSummary:
     """
     _check_group(codings)
     dialogues = _average_coders(codings)
-    scores = [summary_scores(d.counts, d.global_scores) for d in dialogues]
+    scores = [d.scores() for d in dialogues]
     totals = {c: math.fsum(d.counts.get(c, 0) for d in dialogues) for c in CODE_NAMES}
-    pooled = summary_scores(totals, {})
+    pooled = Coding("", "", "", totals, scope=dialogues[0].scope).scores()
     with_rounds = [d for d in dialogues if d.rounds]
     return GroupSummary(
         group=codings[0].group,
         dialogues=len(dialogues),
         codings=len(codings),
         automatic=codings[0].automatic,
-        counts={c: spread([d.counts.get(c, 0) for d in dialogues]) for c in CODE_NAMES},
+        counts={c: spread([d.count(c) for d in dialogues]) for c in CODE_NAMES},
         per_round={
-            c: spread([d.counts.get(c, 0) / d.rounds for d in with_rounds]) for c in CODE_NAMES
+            c: spread([_per_round(d.count(c), d.rounds) for d in with_rounds]) for c in CODE_NAMES
         },
         global_scores={
             g: spread([d.global_scores.get(g) for d in dialogues]) for g in GLOBAL_NAMES
@@ -214,12 +236,16 @@ def dialogue_values(codings: Sequence[Coding]) -> dict[str, list[float | None]]:
     """
     _check_group(codings)
     dialogues = _average_coders(codings)
-    scores = [summary_scores(d.counts, d.global_scores) for d in dialogues]
+    scores = [d.scores() for d in dialogues]
     return {
-        **{c: [d.counts.get(c, 0) for d in dialogues] for c in CODE_NAMES},
+        **{c: [d.count(c) for d in dialogues] for c in CODE_NAMES},
         **{g: [d.global_scores.get(g) for d in dialogues] for g in GLOBAL_NAMES},
         **{m: [s[m] for s in scores] for m in MEASURES},
     }
+
+
+def _per_round(count: float | None, rounds: int) -> float | None:
+    return None if count is None else count / rounds
 
 
 def table_rows(summaries: Sequence[GroupSummary]) -> list[dict[str, Any]]:
@@ -280,6 +306,11 @@ def _check_group(codings: Sequence[Coding]) -> None:
             f"group {groups[0]} mixes people's and automatic codings",
             "summarise the two apart; automatic codes are not a stand-in for a coder",
         )
+    if len({c.scope for c in codings}) > 1:
+        raise CodingError(
+            f"group {groups[0]} mixes coders who give different sets of codes",
+            "summarise them apart",
+        )
     pairs = [(c.dialogue_id, c.coder) for c in codings]
     twice = sorted({p for p in pairs if pairs.count(p) > 1})
     if twice:
@@ -308,6 +339,7 @@ def _average_coders(codings: Sequence[Coding]) -> list[Coding]:
                 globals_,
                 max(g.rounds for g in group),
                 first.automatic,
+                first.scope,
             )
         )
     return averaged

@@ -12,7 +12,7 @@ audio, client .55 and .66.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -31,6 +31,8 @@ Task = Literal["main_therapist_behaviour", "reflection_subtype", "client_talk_ty
 TASKS: tuple[Task, ...] = ("main_therapist_behaviour", "reflection_subtype", "client_talk_type")
 _SPEAKER = {"client_talk_type": "client"}
 _REFLECTIONS = {"simple": "simple_reflection", "complex": "complex_reflection"}
+NAME = "trained-en"
+SCOPE = ("question", "simple_reflection", "complex_reflection")
 Example = tuple[str, str]  # the utterance, and what the other speaker said before it
 
 
@@ -197,6 +199,13 @@ def code_unseen(sessions: Sequence[Session], *, count: int = 10, seed: int = 0) 
     return [codings[i] for i in range(len(sessions))]
 
 
+def code_held_out(sessions: Sequence[Session], held_out: Collection[str]) -> list[Coding]:
+    """Automatic codings of the sessions named in `held_out`, by models trained on all others."""
+    rest = [s for s in sessions if s.transcript_id not in held_out]
+    behaviour, kind = train(rest, "main_therapist_behaviour"), train(rest, "reflection_subtype")
+    return [_code(s, behaviour, kind) for s in sessions if s.transcript_id in held_out]
+
+
 def _code(session: Session, behaviour: Pipeline, kind: Pipeline) -> Coding:
     context = {u.number: example for u, example in _with_context(session)}
     counts: dict[str, int] = {}
@@ -214,9 +223,10 @@ def _code(session: Session, behaviour: Pipeline, kind: Pipeline) -> Coding:
             counts[code] = counts.get(code, 0) + 1
     return Coding(
         session.transcript_id,
-        "trained coder",
+        NAME,
         session.quality,
         counts,
         rounds=session.rounds(),
         automatic=True,
+        scope=SCOPE,
     )

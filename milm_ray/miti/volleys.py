@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from milm_ray.schema import Role, Turn
 
 # A sentence with its closing marks and quotes, or a line's rest without them.
+# English sentences also end in a full stop; a following capital keeps "e.g. this" and "2.5" whole.
+_ENGLISH_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z\"“'])")
 _SENTENCE = re.compile(r"[^。！？!?…\n]*[。！？!?…]+[”’」』）)\"']*|[^。！？!?…\n]+")
 
 
@@ -45,7 +47,7 @@ def volleys(turns: Sequence[Turn]) -> list[Volley]:
 def split_utterances(text: str) -> list[str]:
     """The sentences of a text; together they hold every character of it that is not blank."""
     parts: list[str] = []
-    for part in _SENTENCE.findall(text):
+    for part in (p for piece in _ENGLISH_END.split(text) for p in _SENTENCE.findall(piece)):
         part = part.strip()
         if part and parts and not any(c.isalnum() for c in part):
             parts[-1] += part

@@ -8,7 +8,7 @@ from importlib.resources import files
 from typing import Any
 
 from milm_ray.config import Config
-from milm_ray.report import data, models, paper, replies, run
+from milm_ray.report import data, models, paper, replies, run, study
 from milm_ray.report.blocks import Remark, Section, Table
 from milm_ray.workspace import Workspace
 
@@ -17,7 +17,8 @@ STYLE = "style.css"
 
 _HOW_TO_READ = (
     "Read from the top: what ran, the dialogues that went in, what the teacher model made of them, "
-    "and how close each base model comes to the teacher's replies before and after fine-tuning.",
+    "how close each base model comes to the teacher's replies before and after fine-tuning, and "
+    "how the tuned models counsel.",
     "BLEU-4 and ROUGE count shared characters and words with a reference reply, in percent; higher "
     "means more alike. The reference was written by the teacher model, so these scores measure "
     "likeness to the teacher. They do not tell whether a reply is good counselling, or safe.",
@@ -46,6 +47,7 @@ def sections(
         models.finetune(config, ws, found),
         models.results(config, ws, found),
         replies.examples(config, ws, found),
+        study.section(ws, found),
     ]
 
 

@@ -45,6 +45,11 @@ ARTIFACTS = (
     Artifact("adapters/", "Adapters", "finetune", "samples"),
     Artifact("predictions", "Predictions", "generate", "rows"),
     Artifact("metrics", "Scores", "score", "rows"),
+    Artifact("sessions/", "Sessions", "simulate", "sessions"),
+    Artifact("packet", "Blind packet", "miti", "dialogues", shown=False),
+    Artifact("packet_key", "Its key", "miti", "dialogues", shown=False),
+    Artifact("codings", "Codings", "miti", "codings"),
+    Artifact("study", "Tables 4 to 6", "miti", "tables", shown=False),
 )
 
 

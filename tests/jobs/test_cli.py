@@ -8,7 +8,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = "jobs/configs/quickstart.yaml"
-JOBS = ["ingest", "curate", "transcribe", "split", "finetune", "generate", "score", "report"]
+STAGES = ["ingest", "curate", "transcribe", "split", "finetune", "generate", "simulate", "score"]
+JOBS = [*STAGES, "miti", "report"]
 
 
 def job(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -50,7 +51,7 @@ def test_a_missing_corpus_and_an_unknown_key_are_named_together(tmp_path):
 def test_a_dry_run_prints_every_stages_plan_and_writes_nothing(tmp_path):
     done = job("pipeline", "--config", QUICKSTART, f"workspace={tmp_path / 'run'}", "--dry-run")
     assert done.returncode == 0, done.stderr
-    for name in JOBS:
+    for name in [*STAGES, "packet", "code", "study", "report"]:
         assert f"plan {name} | " in done.stdout
     assert "dry run: nothing was done" in done.stdout
     assert not (tmp_path / "run").exists()

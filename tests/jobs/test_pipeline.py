@@ -26,10 +26,11 @@ SHORT = [
     "finetune.epochs=1",
     "finetune.save_steps=4",
     "generate.max_new_tokens=16",
+    "simulate.max_rounds=2",
 ]
 STEPS = 16  # 63 dialogues in steps of 4, one epoch
 KILLED_AT = [
-    r"\[1/8\] ingest \| start",
+    r"\[1/12\] ingest \| start",
     r"finetune \w+ \| step 6/",
     r"generate \| endpoints at",
 ]
@@ -89,7 +90,8 @@ def test_every_artifact_is_there_with_its_manifest(finished):
     for artifact in (
         *("dialogues", "verdicts", "selection", "mi_dialogues", "train", "test", "test_rounds"),
         *("adapters/baichuan2", "adapters/glm4", "adapters/llama3", "adapters"),
-        *("predictions", "metrics", "report"),
+        *("predictions", "sessions/simulated", "metrics"),
+        *("packet", "packet_key", "codings", "study", "report"),
     ):
         manifest = json.loads((workspace / artifact / "manifest.json").read_text())
         assert manifest["made_from"]["settings"], artifact

@@ -40,7 +40,7 @@ def fill(work, table):
 def finished(folder: Path):
     """Two CSV files filled in without a fault, as lists of rows."""
     work = packet()
-    paths = sheet.write_csv(work, folder, "anna")
+    paths = sheet.write_csv(work.items, folder, "anna")
     tables = []
     for path in paths:
         with path.open(encoding="utf-8-sig", newline="") as file:
@@ -95,7 +95,7 @@ def test_csv_sheets_come_back_in_any_encoding_a_spreadsheet_saves(tmp_path, enco
 def test_workbook_comes_back_as_it_was_filled(tmp_path):
     work = packet()
     path = tmp_path / "anna.xlsx"
-    sheet.write_xlsx(work, path)
+    sheet.write_xlsx(work.items, path)
     book = openpyxl.load_workbook(path)
     utterances, scores = book[sheet.UTTERANCES], book[sheet.GLOBAL_SHEET]
     texts = [row[4].value for row in utterances.iter_rows(min_row=2)]
@@ -121,7 +121,7 @@ def test_workbook_comes_back_as_it_was_filled(tmp_path):
 def test_excels_date_in_a_score_is_named(tmp_path):
     work = packet()
     path = tmp_path / "anna.xlsx"
-    sheet.write_xlsx(work, path)
+    sheet.write_xlsx(work.items, path)
     book = openpyxl.load_workbook(path)
     book[sheet.GLOBAL_SHEET]["C2"] = datetime.datetime(2026, 4, 3)
     book[sheet.UTTERANCES]["B3"] = datetime.date(2026, 1, 2)

@@ -1,0 +1,375 @@
+"""The study's tables in the paper's shape, as plain rows that a page or a CSV can show."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from milm_ray.miti import paper_study
+from milm_ray.miti.coding_scheme import CODES, GLOBAL_NAMES, GLOBALS
+from milm_ray.miti.comparison import Estimate, compare
+from milm_ray.miti.packet import Item
+from milm_ray.miti.paper_study import Cell
+from milm_ray.miti.summary import (
+    MEASURES,
+    THRESHOLDS,
+    Coding,
+    GroupSummary,
+    Spread,
+    spread,
+    standing,
+    summarise_group,
+    table_rows,
+)
+from milm_ray.schema import MOTIVATIONS, TOPICS
+
+LABELS = {
+    **{code.name: code.label for code in CODES},
+    **{score.name: score.label for score in GLOBALS},
+    "technical_global": "Technical global",
+    "relational_global": "Relational global",
+    "complex_reflection_ratio": "Complex reflections, share of all",
+    "reflection_to_question": "Reflections to questions",
+    "total_mia": "Total MI-adherent",
+    "total_mina": "Total MI-non-adherent",
+    "mia_ratio": "MI-adherent ratio (the paper's addition)",
+}
+RATIOS = ("complex_reflection_ratio", "reflection_to_question", "mia_ratio")
+_MARK = {"good": "Good", "fair": "Fair", "below": "below Fair"}
+Groups = Mapping[str, Sequence[Coding]]
+Key = Mapping[str, Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class StudyTable:
+    """A table of the study. columns: (label, digits), digits None for text; foot explains.
+
+    automatic: its codes are an automatic coder's. interval columns hold [value, low, high].
+    """
+
+    name: str
+    caption: str
+    columns: Sequence[tuple[str, int | None]]
+    rows: Sequence[Sequence[Any]]
+    foot: Sequence[str] = ()
+    automatic: bool = False
+
+    def head(self) -> list[str]:
+        return [label for label, _ in self.columns]
+
+
+def by_group(codings: Sequence[Coding]) -> dict[str, list[Coding]]:
+    """Codings by their dialogue's group, groups by name with the real dialogues last."""
+    found: dict[str, list[Coding]] = {}
+    for coding in sorted(codings, key=lambda c: (c.group.startswith("Real"), c.group)):
+        found.setdefault(coding.group, []).append(coding)
+    return found
+
+
+def instrument_words(instrument: str) -> str:
+    """How a caption names who coded."""
+    if instrument.startswith("automatic"):
+        return f"AUTOMATIC codes, by {instrument.removeprefix('automatic: ')}"
+    if instrument.startswith("mapped"):
+        return "codes mapped from AnnoMI's own labels"
+    return "codes by people"
+
+
+def slug(instrument: str) -> str:
+    """A file-name part for who coded."""
+    name = instrument.rpartition(": ")[2].lower()
+    return "".join(c if c.isascii() and c.isalnum() else "_" for c in name)
+
+
+def lengths(item: Item, language: str) -> tuple[int, float | None, float | None]:
+    """Rounds, and mean length of the client's and the counselor's turns.
+
+    A round is a client turn that the counselor answers. Lengths are Chinese characters, letters
+    and digits without punctuation, or words in English.
+    """
+    sizes: dict[str, list[int]] = {"client": [], "counselor": []}
+    for volley in item.volleys:
+        text = " ".join(volley.utterances)
+        words = len(text.split()) if language == "en" else sum(c.isalnum() for c in text)
+        sizes[volley.role].append(words)
+    roles = [volley.role for volley in item.volleys]
+    rounds = sum(pair == ("client", "counselor") for pair in itertools.pairwise(roles))
+    means = [sum(s) / len(s) if s else None for s in (sizes["client"], sizes["counselor"])]
+    return rounds, means[0], means[1]
+
+
+def table4(items: Sequence[Item], key: Key, cells: Sequence[Cell]) -> StudyTable:
+    """Table 4: dialogues, rounds and turn lengths of each group, with the paper's beside."""
+    found: dict[tuple[str, str], list[tuple[int, float | None, float | None]]] = {}
+    for item in items:
+        entry = key[item.item_id]
+        measured = lengths(item, entry["language"])
+        found.setdefault((entry["group"], entry["language"]), []).append(measured)
+    rows = []
+    for (group, language), each in sorted(found.items(), key=lambda g: (g[0][0][:4] == "Real", g)):
+        spreads = [spread([values[i] for values in each]) for i in range(3)]
+        rows.append(
+            [
+                group,
+                len(each),
+                "words" if language == "en" else "characters",
+                *(text for found_ in spreads for text in (found_.mean, _quartiles(found_, 1))),
+                _paper_row(cells, group),
+            ]
+        )
+    return StudyTable(
+        "table4",
+        "Table 4. The dialogues: rounds and length of turns",
+        [
+            ("Group", None),
+            ("Dialogues", 0),
+            ("Length in", None),
+            ("Rounds", 1),
+            ("IQR of rounds", None),
+            ("Client turn", 1),
+            ("IQR, client", None),
+            ("Counselor turn", 1),
+            ("IQR, counselor", None),
+            ("Paper: rounds / client / counselor", None),
+        ],
+        rows,
+        [
+            "Mean over dialogues of the mean turn; IQR is the first to the third quartile. Chinese "
+            "characters without punctuation, English words. The two are not comparable."
+        ],
+    )
+
+
+def _paper_row(cells: Sequence[Cell], group: str) -> str | None:
+    name = "real" if group.startswith("Real") else group.removeprefix("MI-LLM ").split(",")[0]
+    known = {c.variable: c.mean for c in cells if c.table == "4" and c.group == name}
+    if not known:
+        return None
+    parts = (known.get(name) for name in ("rounds", "client_length", "counselor_length"))
+    return " / ".join("–" if part is None else f"{part:g}" for part in parts)
+
+
+def table5(key: Key) -> StudyTable:
+    """Table 5: topics of each group, and the motivation levels that clients were given."""
+    groups = sorted({entry["group"] for entry in key.values() if entry["source"] != "annomi"})
+    rows = []
+    for kind, names in (("topic", TOPICS), ("motivation", MOTIVATIONS)):
+        counts = Counter((e["group"], e[kind]) for e in key.values())
+        for name in names:
+            label = name.replace("_", " ")
+            rows.append([kind, label, *(counts[group, name] for group in groups)])
+    return StudyTable(
+        "table5",
+        "Table 5. Topics and motivation of the models' dialogues",
+        [("Kind", None), ("Level", None), *((group, 0) for group in groups)],
+        rows,
+        [
+            "Topics are the paper's five. Motivation is assigned at random, seeded; the paper does "
+            "not define its levels (see the simulator's START)."
+        ],
+    )
+
+
+def coded_tables(instrument: str, groups: Groups) -> list[StudyTable]:
+    """Table 6 of one instrument: counts, global and summary scores; rates; ratios two ways."""
+    summaries = [summarise_group(codings) for codings in groups.values()]
+    words, tail = instrument_words(instrument), slug(instrument)
+    automatic = instrument.startswith("automatic")
+    names = [summary.group for summary in summaries]
+    rows = []
+    for kind, variables in (
+        ("count", [code.name for code in CODES]),
+        ("global score", list(GLOBAL_NAMES)),
+        ("summary score", list(MEASURES)),
+    ):
+        for name in variables:
+            cells = [_cell(_spread(summary, kind, name)) for summary in summaries]
+            if any(cells):
+                rows.append([kind, LABELS[name], *cells, _threshold(name)])
+    table6 = StudyTable(
+        f"table6_{tail}",
+        f"Table 6. Behaviour counts and scores, mean (IQR) n; {words}",
+        [
+            ("Kind", None),
+            ("Variable", None),
+            *((name, None) for name in names),
+            ("Fair / Good", None),
+        ],
+        rows,
+        [
+            "Each cell: mean over dialogues (first to third quartile), n dialogues where it is "
+            "defined. Coders of a dialogue are averaged first. A variable that this coder does not "
+            "give is left out; it is not zero.",
+            *(["These codes are automatic and stand for nobody's judgement."] if automatic else []),
+        ],
+        automatic,
+    )
+    rates = StudyTable(
+        f"rates_{tail}",
+        f"Behaviour counts per round, mean over dialogues; {words}",
+        [("Variable", None), *((name, 3) for name in names)],
+        [
+            [LABELS[code.name], *(s.per_round[code.name].mean for s in summaries)]
+            for code in CODES
+            if any(s.per_round[code.name].n for s in summaries)
+        ],
+        ["Dialogues differ in length, so counts per round compare better than counts."],
+        automatic,
+    )
+    return [table6, rates, _ratios(summaries, words, tail, automatic)]
+
+
+def _ratios(
+    summaries: Sequence[GroupSummary], words: str, tail: str, automatic: bool
+) -> StudyTable:
+    rows = []
+    for summary in summaries:
+        for name in RATIOS:
+            found = summary.measures[name]
+            if found.n or summary.pooled[name] is not None:
+                mark = standing(name, found.mean)
+                rows.append(
+                    [
+                        summary.group,
+                        LABELS[name],
+                        found.mean,
+                        found.n,
+                        summary.dialogues,
+                        summary.pooled[name],
+                        _MARK[mark] if mark else None,
+                    ]
+                )
+    return StudyTable(
+        f"ratios_{tail}",
+        f"Ratios: mean of the dialogues' ratios, and pooled; {words}",
+        [
+            ("Group", None),
+            ("Ratio", None),
+            ("Mean of ratios", 2),
+            ("Defined in", 0),
+            ("of dialogues", 0),
+            ("Pooled", 2),
+            ("Standing of the mean", None),
+        ],
+        rows,
+        [
+            "A ratio is undefined where its lower part is 0 (no question, no reflection). Pooled: "
+            "the ratio of the summed counts, in which long dialogues weigh more."
+        ],
+        automatic,
+    )
+
+
+def comparisons(instrument: str, groups: Groups, *, resamples: int, seed: int) -> list[StudyTable]:
+    """Every pair of groups on the summary and global scores, with effect sizes and intervals."""
+    rows: list[list[Any]] = []
+    wanted = {*MEASURES, *GLOBAL_NAMES}
+    for (first, a), (second, b) in itertools.combinations(groups.items(), 2):
+        for found in compare(a, b, resamples=resamples, seed=seed):
+            if found.variable in wanted and found.first_n and found.second_n:
+                rows.append(
+                    [
+                        f"{second} − {first}",
+                        LABELS[found.variable],
+                        f"{found.second_n}, {found.first_n}",
+                        found.difference.value,
+                        _interval(found.difference),
+                        found.hedges_g.value,
+                        _interval(found.hedges_g),
+                        found.cliffs_delta.value,
+                        _interval(found.cliffs_delta),
+                        found.p,
+                    ]
+                )
+    if not rows:
+        return []
+    table = StudyTable(
+        f"comparisons_{slug(instrument)}",
+        f"Groups compared; {instrument_words(instrument)}",
+        [
+            ("Groups", None),
+            ("Variable", None),
+            ("n", None),
+            ("Difference", 2),
+            ("95 %", None),
+            ("Hedges' g", 2),
+            ("95 % of g", None),
+            ("Cliff's delta", 2),
+            ("95 % of delta", None),
+            ("p", 3),
+        ],
+        rows,
+        [
+            "Intervals resample dialogues; p is two-sided, by permutation, and not corrected for "
+            "the number of comparisons. With ten dialogues a group only large differences show."
+        ],
+        instrument.startswith("automatic"),
+    )
+    return [table]
+
+
+def paper_tables(cells: Sequence[Cell]) -> list[StudyTable]:
+    """What is known of the paper's ratios, and its own summary scores put through our code."""
+    known = StudyTable(
+        "paper_mia_ratio",
+        "The paper's MI-adherent ratios",
+        [("Model", None), ("As reported", 2), ("Pooled from its own means", 2)],
+        [[model, *pair] for model, pair in paper_study.MIA_RATIO.items()],
+        [
+            "In the paper's order of models."
+            + ("" if cells else " The other cells of its Tables 4 to 6 were not available to us.")
+        ],
+    )
+    checks = paper_study.reproduce([cell for cell in cells if cell.table == "6"])
+    if not checks:
+        return [known]
+    return [
+        known,
+        StudyTable(
+            "paper_reproduced",
+            "The paper's Table 6 means through our summary code",
+            [
+                ("Group", None),
+                ("Summary score", None),
+                ("Reported", 2),
+                ("From its means", 2),
+                ("Result", None),
+            ],
+            [[c.group, LABELS[c.measure], c.reported, c.recomputed, c.verdict] for c in checks],
+            ["Within 0.05 counts as reproduced: the paper rounds its means."],
+        ),
+    ]
+
+
+def long_rows(instrument: str, groups: Groups) -> list[dict[str, Any]]:
+    """Every figure of every group as one long table, for other programs."""
+    summaries = [summarise_group(codings) for codings in groups.values()]
+    return [{"instrument": instrument, **row} for row in table_rows(summaries)]
+
+
+def _spread(summary: GroupSummary, kind: str, name: str) -> Spread:
+    if kind == "count":
+        return summary.counts[name]
+    return summary.global_scores[name] if kind == "global score" else summary.measures[name]
+
+
+def _cell(found: Spread) -> str | None:
+    """Mean, quartiles and n; None where no dialogue defines it."""
+    return f"{found.mean:.2f} {_quartiles(found, 2)} n {found.n}" if found.n else None
+
+
+def _quartiles(found: Spread, digits: int) -> str | None:
+    return f"({found.q1:.{digits}f}–{found.q3:.{digits}f})" if found.n else None
+
+
+def _interval(estimate: Estimate) -> str | None:
+    if estimate.low is None or estimate.high is None:
+        return None
+    return f"{estimate.low:.2f} to {estimate.high:.2f}".replace("-", "−")
+
+
+def _threshold(measure: str) -> str | None:
+    return "{:g} / {:g}".format(*THRESHOLDS[measure]) if measure in THRESHOLDS else None

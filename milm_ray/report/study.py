@@ -1,0 +1,128 @@
+"""The MITI study on the page: sessions, Tables 4 to 6, comparisons, agreement, how to read them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from milm_ray.report.blocks import Column, Facts, Remark, Section, Table, absent
+from milm_ray.report.run import source_list, usage
+from milm_ray.workspace import Workspace
+
+Manifests = Mapping[str, Mapping[str, Any]]
+_SIMULATED = "sessions/simulated"
+_HOW_TO_READ = (
+    "For clinicians. MITI counts what the counselor does in each turn (questions, reflections, "
+    "affirmations, advice and so on) and lets the coder judge the whole dialogue on four scales "
+    "from 1 to 5. Fair and Good are the manual's thresholds for clinicians, set by its authors' "
+    "opinion; that a model reaches one does not make it a therapist, and says nothing of safety.",
+    "Look first at who coded. Tables of codes by people and tables of AUTOMATIC codes are never "
+    "mixed. Automatic codes show that the study runs and give a first impression; they must not be "
+    "cited as MITI scores. Look next at n: with ten dialogues a group, a mean can move by a whole "
+    "code when one dialogue changes, and the range in brackets says more than the mean does.",
+    "Clients marked as simulated are programs that follow a model of readiness to change. They "
+    "cannot be helped or harmed, and how a counselor does with them is not how it does with "
+    "people.",
+)
+
+
+def section(ws: Workspace, found: Manifests) -> Section:
+    """The study's blocks; what is missing of it is said."""
+    title = "The MITI study"
+    if "study" not in found:
+        return absent("miti", title, "study/", "miti")
+    study = json.loads(ws.read_text("study", "study.json"))
+    counts = found["study"]["counts"]
+    coders = ", ".join(study["people"]) or "none yet: no sheet has come back"
+    blocks: list[Any] = [Remark(text) for text in _HOW_TO_READ]
+    blocks.append(
+        Facts(
+            [
+                ("Dialogues", counts["dialogues"]),
+                ("Codings", counts["codings"]),
+                ("Left uncoded", counts["uncoded"]),
+                ("People who coded", coders),
+            ]
+        )
+    )
+    if _SIMULATED in found:
+        blocks += _simulator(found[_SIMULATED])
+    blocks += [_table(table) for table in study["tables"]]
+    if "trained" in found.get("codings", {}):
+        blocks.append(_validation(found["codings"]["trained"]))
+    if study["uncoded"]:
+        rows = [[row["item_id"], row["coder"], row["reason"]] for row in study["uncoded"]]
+        columns = [Column("Dialogue"), Column("Coder"), Column("Why", wrap=True)]
+        foot = ["An uncoded dialogue is in no table; it is not one without codes."]
+        blocks.append(Table("uncoded", "Dialogues that a coder left uncoded", columns, rows, foot))
+    blocks += [Remark(handling, finding) for finding, handling in study["notes"]]
+    return Section(
+        "miti",
+        title,
+        "How the MI-LLMs counsel, by the Motivational Interviewing Treatment Integrity scheme.",
+        blocks,
+        source_list(found, "sessions/", "packet", "codings", "study"),
+    )
+
+
+def _table(table: Mapping[str, Any]) -> Table:
+    columns = [
+        Column(
+            label,
+            digits=digits,
+            numeric=digits is not None,
+            wrap=label in ("Remark", "Groups", "Result"),
+            least=0.001 if label == "p" else None,
+        )
+        for label, digits in table["columns"]
+    ]
+    grouped = table["name"].partition("_")[0] in ("table5", "table6", "comparisons", "ratios")
+    return Table(
+        f"miti_{table['name']}", table["caption"], columns, table["rows"], table["foot"], grouped
+    )
+
+
+def _simulator(manifest: Mapping[str, Any]) -> list[Any]:
+    """How consistent the simulated clients were, beside what was published of real ones."""
+    figures, targets = manifest["consistency"], manifest["consistency_targets"]
+    labels = (
+        ("receptivity", "Mean receptivity, 1 closed to 5 open"),
+        ("motivated", "Left precontemplation within 20 turns, of those who began there"),
+        ("lawful", "Turns whose action the state allows"),
+        ("recognised", "Turns whose action was recognised blind"),
+        ("repeated", "Client turns said before in the session"),
+    )
+    rows = [[label, figures[name], targets.get(name)] for name, label in labels]
+    table = Table(
+        "miti_simulator",
+        "Consistency of the simulated clients",
+        [Column("Figure"), Column("Here", digits=2, numeric=True), Column("Published")],
+        rows,
+        [
+            f"{figures['sessions']} sessions, {figures['client_turns']} client turns, client: "
+            f"{manifest['simulator']}. Published: Yang et al., ACL 2025. A dash: not measured."
+        ],
+    )
+    spent = usage(manifest)
+    if not spent:
+        return [table]
+    facts = Facts([("Client's model", manifest["llm"]["model"]), ("Replies", spent["replies"])])
+    return [table, facts]
+
+
+def _validation(trained: Mapping[str, Any]) -> Table:
+    """How far the automatic Chinese coder can be trusted, code by code."""
+    rows = [[code.replace("_", " "), f1] for code, f1 in trained["f1"].items()]
+    return Table(
+        "miti_trained_coder",
+        "The AUTOMATIC Chinese coder on utterances it has not seen",
+        [Column("Code"), Column("F1", digits=2, numeric=True)],
+        rows,
+        [
+            f"{trained['utterances']} utterances of {trained['dialogues']} dialogues, cross-"
+            f"validated by dialogue: macro F1 {trained['macro_f1']:.2f}, kappa "
+            f"{trained['kappa']:.2f}. Its labels are one untrained person's; a code with a low F1 "
+            "is hardly more than a guess."
+        ],
+    )

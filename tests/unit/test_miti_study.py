@@ -1,0 +1,228 @@
+"""The study from sessions to tables: blind packet, sheets, automatic coders, agreement."""
+
+import csv
+import json
+
+import pyarrow as pa
+import pytest
+from llm_server import right_answer
+from miti_sample import config_of, with_sessions
+
+from milm_ray.errors import UserError
+from milm_ray.llm.exchange import Unusable
+from milm_ray.miti import codings, study, study_packet
+from milm_ray.miti.coding_scheme import GLOBAL_NAMES
+from milm_ray.miti.llm_coder import Coder
+from milm_ray.miti.paper_study import Cell, read_cells, reproduce
+from milm_ray.miti.sheet import SheetError, read_csv
+from milm_ray.schema import SESSIONS
+from milm_ray.workspace import Workspace
+
+
+@pytest.fixture
+def sample(tmp_path):
+    config = config_of(tmp_path)
+    ws, _ = with_sessions(config)
+    study_packet.run(config, ws)
+    return config, ws
+
+
+def filled(ws, coder, score=3, code=lambda role, n: "Q" if role == "counselor" and n == 1 else ""):
+    """The coder's own CSV sheets of the packet, filled in and put where returned sheets go."""
+    folder = ws.local("sheets")
+    folder.mkdir(exist_ok=True)
+    for table in ("utterances", "globals"):
+        source = ws.local("packet", "sheets", f"{coder}-{table}.csv")
+        with source.open(encoding="utf-8-sig", newline="") as file:
+            rows = list(csv.DictReader(file))
+        for row in rows:
+            if table == "utterances":
+                row["code"] = code(row["speaker"], int(row["utterance"]))
+            else:
+                row |= {"target_behavior": "早睡", **dict.fromkeys(GLOBAL_NAMES, score)}
+        with (folder / source.name).open("w", encoding="utf-8-sig", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    return folder
+
+
+def tables_of(ws):
+    return {t["name"]: t for t in json.loads(ws.read_text("study", "study.json"))["tables"]}
+
+
+def test_the_packet_is_blind_and_its_key_lies_apart(sample):
+    config, ws = sample
+    shown = ws.read_text("packet", "packet.json")
+    manifest = ws.read_text("packet", "manifest.json")
+    for telling in ("glm4", "llama3", "MI-LLM"):
+        assert telling not in shown
+        assert telling not in manifest
+    key = study_packet.load_key(ws)
+    assert {entry["group"] for entry in key.values()} == {
+        "MI-LLM glm4, simulated clients",
+        "MI-LLM llama3, simulated clients",
+    }
+    assert sorted(p.name for p in ws.local("packet", "sheets").iterdir()) == [
+        *("anna-globals.csv", "anna-utterances.csv", "anna.xlsx"),
+        *("ben-globals.csv", "ben-utterances.csv", "ben.xlsx"),
+    ]
+    assert study_packet.run(config, ws) == ws.manifest("packet")
+
+
+def test_texts_of_the_safety_check_are_not_coded(tmp_path):
+    config = config_of(tmp_path)
+    ws, _ = with_sessions(config)
+    table = ws.read_table("sessions/simulated").to_pylist()
+    table[0]["preset_turns"] = [1]
+    preset = table[0]["turns"][1]["content"]
+    candidates, _ = study_packet.candidates(config, ws)
+    before = next(c for c in candidates if c.dialogue_id == table[0]["session_id"])
+    ws.write_table(pa.Table.from_pylist(table, SESSIONS), "sessions/simulated")
+    candidates, _ = study_packet.candidates(config, ws)
+    after = next(c for c in candidates if c.dialogue_id == table[0]["session_id"])
+    assert len(after.turns) == len(before.turns) - 1
+    assert before.turns[1].content == preset
+    assert after.turns[1].content != preset
+
+
+def test_automatic_codes_are_marked_and_say_what_they_do_not_cover(sample):
+    config, ws = sample
+    manifest = codings.run(config, ws)
+    assert manifest["counts"]["by_coder"] == {"trained-zh (automatic)": 6}
+    study.run(config, ws)
+    tables = tables_of(ws)
+    table6 = tables["table6_trained_zh"]
+    assert table6["automatic"]
+    assert "AUTOMATIC" in table6["caption"]
+    labels = [row[1] for row in table6["rows"]]
+    assert "Persuade with permission" not in labels  # outside this coder's scope, not zero
+    assert "Empathy" not in labels  # it gives no global scores
+    assert "agreement" not in tables
+    cells = dict(zip(labels, table6["rows"], strict=True))
+    glm4, llama3 = cells["Persuade"][2:4]
+    assert glm4.startswith("0.00")
+    assert not llama3.startswith("0.00")
+    assert csv.DictReader(ws.read_text("study", "table6_long.csv").splitlines())
+
+
+def test_two_coders_sheets_become_tables_and_agreement(sample):
+    config, ws = sample
+    filled(ws, "anna", 4)
+    filled(ws, "ben", 2)
+    codings.run(config, ws)
+    study.run(config, ws)
+    tables = tables_of(ws)
+    people = {row[1]: row for row in tables["table6_people"]["rows"]}
+    assert people["Empathy"][2] == "3.00 (3.00–3.00) n 3"  # of 4 and 2, dialogue by dialogue
+    assert people["Question"][2].startswith("4.00")
+    agreement = {(row[0], row[1]): row for row in tables["agreement"]["rows"]}
+    assert agreement["Codes of utterances", "Cohen's kappa"][2] == pytest.approx(1)
+    assert agreement["Empathy", "ICC(2,1), one coder"][2] == pytest.approx(0)
+    assert "trained-zh against anna" in [r[0] for r in tables["agreement_automatic"]["rows"]]
+    assert "table6_trained_zh" in tables
+
+
+def test_an_adjudicated_coding_stands_in_for_the_coders_in_tables_not_in_agreement(sample):
+    config, ws = sample
+    filled(ws, "anna", 4)
+    filled(ws, "ben", 2)
+    packet = study_packet.load_packet(ws)
+    folder = ws.local("sheets")
+    for table in ("utterances", "globals"):
+        text = (folder / f"anna-{table}.csv").read_text(encoding="utf-8-sig")
+        (folder / f"adjudicated-{table}.csv").write_text(text, encoding="utf-8-sig")
+    codings.run(config, ws)
+    study.run(config, ws)
+    tables = tables_of(ws)
+    people = {row[1]: row for row in tables["table6_people"]["rows"]}
+    assert people["Empathy"][2] == "4.00 (4.00–4.00) n 3"
+    assert "2 coders" in tables["agreement"]["caption"]
+    adjudicated = read_csv(
+        folder / "adjudicated-utterances.csv", folder / "adjudicated-globals.csv", packet, "x"
+    )
+    assert len(adjudicated) == 6
+
+
+def test_faults_of_all_sheets_are_named_and_nothing_is_imported(sample):
+    config, ws = sample
+    codings.run(config, ws)
+    before = ws.manifest("codings")
+    folder = filled(ws, "anna", 9)
+    filled(ws, "ben", code=lambda role, n: "XX" if role == "counselor" and n == 1 else "")
+    (folder / "zoe.xlsx").write_bytes(b"PK")
+    with pytest.raises(SheetError) as caught:
+        codings.run(config, ws)
+    text = "\n".join(caught.value.faults)
+    assert "anna: globals, row 2: cultivating_change_talk is 9" in text
+    assert "ben: utterances, row" in text
+    assert "zoe.xlsx: 'zoe' is not among miti.coders" in text
+    assert ws.manifest("codings") == before
+    (folder / "zoe.xlsx").unlink()
+    (folder / "ben-globals.csv").unlink()
+    with pytest.raises(SheetError, match=r"give ben\.xlsx, or ben-utterances\.csv with"):
+        codings.run(config, ws)
+
+
+def test_an_llm_coder_is_parsed_strictly(sample):
+    _, ws = sample
+    items = {item.item_id: item for item in study_packet.load_items(ws)}
+    coder = Coder(items, "llm m")
+    row = {"item": "item-01"}
+    answer = json.loads(right_answer(coder.request(row).messages))
+    coded = coder.parse(row, json.dumps(answer))
+    assert set(coded.codes.values()) == {"simple_reflection"}
+    assert len(coded.codes) == items["item-01"].rounds
+
+    def refused(change):
+        broken = json.loads(json.dumps(answer))
+        change(broken)
+        with pytest.raises(Unusable) as caught:
+            coder.parse(row, json.dumps(broken))
+        return caught.value.reason
+
+    code = {"volley": 2, "utterance": 2, "code": "SR"}
+    assert refused(lambda a: a["codes"].append(code)) == "rules_broken"
+    assert refused(lambda a: a["codes"].append(a["codes"][0])) == "two_codes"
+    assert refused(lambda a: a["codes"][0].update(volley=1)) == "client_coded"
+    assert refused(lambda a: a["codes"][0].update(code="REFLECT")) == "off_schema"
+    assert refused(lambda a: a["codes"][0].update(utterance=99)) == "off_schema"
+    assert refused(lambda a: a["global_scores"].update(empathy=6)) == "off_schema"
+    assert refused(lambda a: a["global_scores"].pop("empathy")) == "off_schema"
+    assert refused(lambda a: a.update(target_behavior=" ")) == "off_schema"
+
+
+CELLS = """table,group,variable,mean,q1,q3,n
+6,m,affirm,3,2,4,10
+6,m,seek,1,,,10
+6,m,emphasize_autonomy,2,,,10
+6,m,persuade,1,,,10
+6,m,confront,1,,,10
+6,m,total_mia,6.02,,,10
+6,m,total_mina,2.5,,,10
+6,m,mia_ratio,0.9,,,10
+6,m,technical_global,3.5,,,10
+"""
+
+
+def test_the_papers_means_through_our_summary_code(tmp_path):
+    """Sums come out again, a mean of ratios cannot (6/8 is .75), and parts may be missing."""
+    path = tmp_path / "cells.csv"
+    path.write_text(CELLS, encoding="utf-8")
+    cells = read_cells(str(path))
+    assert cells[0] == Cell("6", "m", "affirm", 3.0, 2.0, 4.0, 10)
+    found = {check.measure: check for check in reproduce(cells)}
+    assert found["total_mia"].verdict == "reproduced"
+    assert "differs" in found["total_mina"].verdict
+    assert found["mia_ratio"].recomputed == 0.75
+    assert "mean of ratios" in found["mia_ratio"].verdict
+    assert "not given" in found["technical_global"].verdict
+    path.write_text(CELLS + "6,m,praise,1,,,\n6,m,gi,many,,,\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"row 11: unknown variable 'praise'; row 12"):
+        read_cells(str(path))
+
+
+def test_nothing_to_code_is_said(tmp_path):
+    config = config_of(tmp_path)
+    with pytest.raises(UserError, match="there is no dialogue to code"):
+        study_packet.run(config, Workspace.open(config.workspace))
