@@ -19,6 +19,7 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -66,9 +67,16 @@ class Workspace:
     def open(cls, location: str) -> Workspace:
         """The workspace at a local path or a URI that pyarrow knows (s3://, gs://, hdfs://).
 
-        Creates nothing. Raises UserError when the store is unknown or unreachable.
+        Creates nothing. Raises UserError when the store is unknown or unreachable, or when the URI
+        holds a password: it would show in logs, manifests and the report.
         """
         place = home_for(location)
+        if "://" in place and "@" in urlsplit(place).netloc:
+            raise UserError(
+                f"the workspace's URI holds credentials ({place.split('://')[0]}://…@…)",
+                "leave them out and give them as the store's own environment variables, e.g. "
+                "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+            )
         try:
             if "://" not in place:
                 return cls(place, pafs.LocalFileSystem(), place)
@@ -84,6 +92,11 @@ class Workspace:
     def path(self, *parts: str) -> str:
         """A path inside the workspace, on `filesystem`."""
         return "/".join((self.root, *parts))
+
+    def uri_of(self, *parts: str) -> str:
+        """A place inside the workspace as a path or URI that is good on any node."""
+        base, mark, query = self.uri.partition("?") if "://" in self.uri else (self.uri, "", "")
+        return "/".join((base.rstrip("/"), *parts)) + mark + query
 
     def local(self, *parts: str) -> Path:
         """A path inside a local or mounted workspace, for libraries that need plain files."""

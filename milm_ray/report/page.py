@@ -83,7 +83,7 @@ def render(
 
     environment = Environment(loader=PackageLoader("milm_ray", "report"), autoescape=True)
     template = environment.get_template(TEMPLATE)
-    name = ws.uri.rstrip("/").rsplit("/", 1)[-1]
+    name = ws.root.rstrip("/").rsplit("/", 1)[-1]
     return template.render(
         title="Motivational-interviewing models: what ran and what came out",
         subtitle="Chinese counselling dialogues rewritten into motivational interviewing, three "

@@ -60,7 +60,7 @@ def app_args(
             )
             for name, base in bases.items()
         ],
-        adapters_root=f"{workspace.uri}/adapters",
+        adapters_root=workspace.uri_of("adapters"),
         ingress=IngressArgs(
             max_tokens=serve.max_model_len,
             default_max_tokens=min(512, serve.max_model_len // 2),

@@ -12,8 +12,12 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import boto3
 import pyarrow.parquet as pq
 import pytest
+from botocore.config import Config as BotocoreConfig
+
+from milm_ray.workspace import Workspace
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -169,8 +173,34 @@ def _free_port() -> int:
 
 
 @pytest.fixture
-def head_node() -> Iterator[str]:
-    """The job server of a Ray head node of its own, token authentication on as by default."""
+def object_store(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """An S3 server of its own with a bucket, credentials in the environment. Yields its address."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "test")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    address = f"127.0.0.1:{_free_port()}"
+    host, port = address.split(":")
+    server = subprocess.Popen(
+        [sys.executable, "-m", "moto.server", "-H", host, "-p", port],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    client = boto3.client(
+        "s3",
+        endpoint_url=f"http://{address}",
+        config=BotocoreConfig(retries={"total_max_attempts": 12, "mode": "standard"}),
+    )
+    client.create_bucket(Bucket="runs")
+    yield address
+    server.terminate()
+    server.wait(timeout=30)
+
+
+@pytest.fixture
+def head_node(object_store: str) -> Iterator[str]:
+    """The job server of a Ray head node of its own, token authentication on as by default. Its
+    processes have the object store's credentials."""
     # Makes the token in the home directory, as the README tells, unless there is one.
     subprocess.run([RAY, "get-auth-token", "--generate"], check=True, stdout=subprocess.DEVNULL)
     port = _free_port()
@@ -203,12 +233,13 @@ def head_node() -> Iterator[str]:
         process.wait(timeout=60)
 
 
-def test_the_same_line_works_under_ray_job_submit(head_node, tmp_path):
+def test_a_submitted_job_keeps_its_workspace_in_an_object_store(head_node, object_store):
+    place = f"s3://runs/quickstart?endpoint_override={object_store}&scheme=http"
     done = subprocess.run(
         [
             *(RAY, "job", "submit", "--address", head_node),
             *("--working-dir", ".", "--", sys.executable, "jobs/pipeline.py"),
-            *("--config", QUICKSTART, f"workspace={tmp_path / 'run'}", *SHORT),
+            *("--config", QUICKSTART, f"workspace={place}", *SHORT),
             "models={llama3: {path: milm_ray/samples/models/tiny-llama3, chat_format: llama3}}",
         ],
         cwd=ROOT,
@@ -220,4 +251,6 @@ def test_the_same_line_works_under_ray_job_submit(head_node, tmp_path):
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert "succeeded" in done.stdout.lower()
-    assert (tmp_path / "run" / "report" / "index.html").exists()
+    workspace = Workspace.open(place)
+    assert workspace.manifest("predictions")["counts"]["rows"] > 0
+    assert "<html" in workspace.read_text("report", "index.html")

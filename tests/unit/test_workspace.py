@@ -101,3 +101,20 @@ def test_relative_workspaces_outlive_a_submitted_jobs_directory(tmp_path, monkey
 def test_an_unknown_store_is_named():
     with pytest.raises(UserError, match="nosuch://x/y"):
         Workspace.open("nosuch://x/y")
+
+
+def test_credentials_in_the_uri_are_refused_without_repeating_them():
+    with pytest.raises(UserError) as refused:
+        Workspace.open("s3://AKIDEXAMPLE:hunter2@bucket/run")
+    assert "hunter2" not in str(refused.value)
+    assert "AKIDEXAMPLE" not in str(refused.value)
+    assert "AWS_ACCESS_KEY_ID" in refused.value.fix
+
+
+def test_a_place_inside_keeps_the_uris_options(tmp_path):
+    import pyarrow.fs as pafs
+
+    remote = Workspace("s3://bucket/run?scheme=http", pafs.LocalFileSystem(), "bucket/run")
+    assert remote.uri_of("adapters", "glm4") == "s3://bucket/run/adapters/glm4?scheme=http"
+    local = Workspace.open(str(tmp_path / "odd?name"))
+    assert local.uri_of("adapters") == str(tmp_path / "odd?name" / "adapters")
