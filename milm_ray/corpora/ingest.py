@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from milm_ray import metrics
 from milm_ray.config import Config
 from milm_ray.corpora.duplicates import Found, find_duplicates
 from milm_ray.corpora.files import Chunk, Listing, chunks, cut, list_location
@@ -180,6 +181,7 @@ def _progress(parts: Iterable[Part]) -> Iterator[Part]:
     files = dialogues = 0
     for part in parts:
         files, dialogues = files + part.files, dialogues + part.dialogues
+        metrics.count("milm_dialogues", part.dialogues, corpus=part.corpus)
         if time.time() - last >= _PROGRESS_S:
             last = time.time()
             rate = dialogues / (last - began)

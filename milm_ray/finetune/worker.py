@@ -13,6 +13,7 @@ from typing import Any
 
 import pyarrow.fs as pafs
 
+from milm_ray import metrics
 from milm_ray.errors import UserError
 from milm_ray.finetune.bases import Source
 from milm_ray.finetune.train import Task, train
@@ -212,19 +213,22 @@ class _Run:
             save=_report,
             resume=resume,
             say=lambda text: print(f"finetune {self.task.model} | {text}", flush=True),
-            record=_board(self.events),
+            record=_recorder(self.events),
         )
 
 
-def _board(directory: Path | None) -> Callable[[dict[str, Any]], None]:
-    """Writes log rows as TensorBoard events; where there is no directory, drops them."""
-    if directory is None:
-        return lambda row: None
+def _recorder(directory: Path | None) -> Callable[[dict[str, Any]], None]:
+    """Hands log rows to Prometheus and, where there is a directory for them, to TensorBoard."""
     from tensorboardX import SummaryWriter
 
     board: list[Any] = []
 
     def record(row: dict[str, Any]) -> None:
+        for name in ("step", "loss", "learning_rate", "grad_norm", "tokens_per_s"):
+            if row.get(name) is not None:
+                metrics.gauge(f"milm_train_{name}", row[name], model=row["model"])
+        if directory is None:
+            return
         if not board:
             board.append(SummaryWriter(str(directory), purge_step=row["step"]))
         for name, value in row.items():

@@ -7,6 +7,8 @@ import sys
 import threading
 import time
 
+from milm_ray import metrics
+
 log = logging.getLogger("milm_ray")
 
 _INTERVAL_S = 10.0  # without a terminal: one line in a job's log
@@ -50,6 +52,10 @@ class Progress:
         self.tokens += tokens
         if cost is not None:
             self.cost = (self.cost or 0.0) + cost
+        outcome = "rejected" if rejected else "answered"
+        metrics.count("milm_replies", stage=self.what, outcome=outcome)
+        metrics.count("milm_tokens", tokens, stage=self.what)
+        metrics.count("milm_cost_usd", cost or 0.0, stage=self.what)
 
     def line(self) -> str:
         """The progress as text."""
