@@ -1,4 +1,4 @@
-"""The jobs' own metrics reach the port that Prometheus reads, under the names the dashboard uses."""
+"""The jobs' own metrics reach the port that Prometheus reads, under the dashboard's names."""
 
 import json
 import re
