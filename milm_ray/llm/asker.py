@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from milm_ray.config import LLMSection
 from milm_ray.errors import UserError
-from milm_ray.llm.client import BudgetReached, LLMClient, Rejected
+from milm_ray.llm.client import BudgetReached, LLMClient, Rejected, find_key
 from milm_ray.llm.exchange import Answer, Row, Task, exchange
 from milm_ray.llm.limits import SharedLimits
 from milm_ray.llm.reply_store import ReplyStore
@@ -36,8 +36,11 @@ class Secrets:
     __slots__ = ("_values",)
 
     def __init__(self, settings: LLMSection) -> None:
-        names = (settings.api_key_env, "OPENAI_BASE_URL")
-        self._values = {name: os.environ[name] for name in names if name in os.environ}
+        values = {
+            settings.api_key_env: find_key(settings) if settings.api_key_env else None,
+            "OPENAI_BASE_URL": os.environ.get("OPENAI_BASE_URL"),
+        }
+        self._values = {name: value for name, value in values.items() if value}
 
     def __repr__(self) -> str:
         return "<secrets>"

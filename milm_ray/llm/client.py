@@ -16,6 +16,7 @@ import re
 import time
 from collections.abc import Mapping
 from email.utils import parsedate_to_datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from milm_ray.config import LLMSection
@@ -241,7 +242,7 @@ class LLMClient:
 
     def _clean(self, text: str) -> str:
         """A server's message without the key and without line breaks."""
-        if key := os.environ.get(self.settings.api_key_env):
+        if self.settings.api_key_env and (key := find_key(self.settings)):
             text = text.replace(key, "[key]")
         return " ".join(_KEY_LIKE.sub("[key]", text).split())[:300]
 
@@ -249,11 +250,12 @@ class LLMClient:
         if self._server is None:
             import openai
 
-            key = _key(self.settings)
+            key = find_key(self.settings)
             if not key:
                 raise UserError(
                     f"the environment variable {self.settings.api_key_env} is not set",
-                    "export your API key in it, or set api_key_env to '' for a server without keys",
+                    f"export your API key in it, or in {self.settings.api_key_env}_FILE the path of "
+                    "a file that holds it; api_key_env='' is for a server without keys",
                 )
             self._server = openai.AsyncOpenAI(
                 api_key=key,
@@ -285,8 +287,24 @@ class LLMClient:
         self._flushing = None
 
 
-def _key(settings: LLMSection) -> str | None:
-    return os.environ.get(settings.api_key_env) if settings.api_key_env else "none"
+def find_key(settings: LLMSection) -> str | None:
+    """The endpoint's key: the variable's value, else the content of the file that <variable>_FILE
+    names (a submitted job's command line is public, a file on the head node is not)."""
+    name = settings.api_key_env
+    if not name:
+        return "none"
+    if value := os.environ.get(name):
+        return value
+    file = os.environ.get(f"{name}_FILE")
+    if not file:
+        return None
+    try:
+        return Path(file).read_text(encoding="utf-8").strip() or None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{name}_FILE: {file} cannot be read: {type(error).__name__}",
+            "name a text file on the node that runs the job's driver, readable by its user",
+        ) from None
 
 
 class _Malformed(Exception):

@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import logging
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 
 from milm_ray.config import LLMSection
 from milm_ray.errors import UserError
-from milm_ray.llm.client import BudgetReached, LLMClient, Rejected, json_object
+from milm_ray.llm.client import BudgetReached, LLMClient, Rejected, find_key, json_object
 from milm_ray.llm.limits import Limits
 from milm_ray.llm.replies import Reply, Request
 from milm_ray.llm.reply_store import ReplyStore
@@ -135,6 +136,27 @@ def test_a_missing_key_is_named(start: Start, monkeypatch: pytest.MonkeyPatch) -
     (error,) = ask(client, 1)
     assert isinstance(error, UserError)
     assert "TEST_LLM_KEY is not set" in error.cause
+
+
+def test_the_key_may_lie_in_a_file(
+    start: Start, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    client, server = start()
+    key = tmp_path / "key"
+    key.write_text(os.environ["TEST_LLM_KEY"] + "\n")
+    monkeypatch.delenv("TEST_LLM_KEY")
+    monkeypatch.setenv("TEST_LLM_KEY_FILE", str(key))
+    (reply,) = ask(client, 1)
+    assert not isinstance(reply, Exception)
+    assert len(server.events("answered")) == 1
+
+
+def test_a_key_file_that_is_not_there_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("SOME_KEY_FILE", str(tmp_path / "none"))
+    with pytest.raises(UserError, match="SOME_KEY_FILE"):
+        find_key(LLMSection(api_key_env="SOME_KEY"))
 
 
 def test_a_server_without_structured_output_is_asked_without(start: Start) -> None:
