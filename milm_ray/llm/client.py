@@ -252,10 +252,11 @@ class LLMClient:
 
             key = find_key(self.settings)
             if not key:
+                name = self.settings.api_key_env
                 raise UserError(
-                    f"the environment variable {self.settings.api_key_env} is not set",
-                    f"export your API key in it, or in {self.settings.api_key_env}_FILE the path of "
-                    "a file that holds it; api_key_env='' is for a server without keys",
+                    f"the environment variable {name} is not set",
+                    f"export your API key in it, or in {name}_FILE the path of a file that holds "
+                    "it; api_key_env='' is for a server without keys",
                 )
             self._server = openai.AsyncOpenAI(
                 api_key=key,
