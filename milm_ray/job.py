@@ -44,9 +44,7 @@ class Plan:
     def lines(self) -> list[str]:
         if self.done:
             return ["already done"]
-        rows = (
-            "unknown until the stages before it have run" if self.rows is None else f"{self.rows:,}"
-        )
+        rows = "not known yet" if self.rows is None else f"{self.rows:,}"
         lines = [f"rows: {rows}", f"resources: {self.resources}"]
         if self.llm_calls:
             cost = "unknown price" if self.cost is None else f"about ${self.cost:,.2f}"
@@ -150,11 +148,14 @@ def _arguments(description: str, argv: Sequence[str] | None) -> argparse.Namespa
 
 def connect(config: Config) -> None:
     """Join the cluster named by RAY_ADDRESS (as in a submitted job), or start a local one."""
-    # All are read when Ray is imported. Without the last, Ray takes the progress lines of models
+    # All are read when Ray is imported. With RAY_DEDUP_LOGS Ray takes the progress lines of models
     # that train side by side for repetitions and swallows them.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "0" if sys.stdout.isatty() else "1")
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+    os.environ.setdefault("RAY_DATA_LOG_LEVEL", "WARNING")
+    if not sys.stdout.isatty():
+        os.environ.setdefault("RAY_COLOR_PREFIX", "0")  # no escape codes in a job's log
     import ray
 
     if ray.is_initialized():
