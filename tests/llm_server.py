@@ -98,6 +98,8 @@ class Server:
         if "response_format" in body and self.options.no_schema:
             self.note("refused", body)
             return error(400, "response_format is not supported by this model")
+        if not body.get("messages"):  # some clients ask this way for the server's limits
+            return error(400, "messages: expected at least one")
         self.in_flight += 1
         try:
             return await self.answer(request, body)

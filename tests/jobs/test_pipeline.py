@@ -1,5 +1,6 @@
 """The whole pipeline as a user runs it: killed at several stages, resumed, submitted as a job."""
 
+import io
 import json
 import os
 import re
@@ -7,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tarfile
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -23,6 +25,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 ROOT = Path(__file__).parents[2]
 RAY = str(Path(sys.executable).parent / "ray")
+SAMPLES = ROOT / "milm_ray" / "samples"
 QUICKSTART = "jobs/configs/quickstart.yaml"
 TINY = "{{path: milm_ray/samples/models/tiny-{0}, chat_format: {0}}}"
 MODELS = ("baichuan2", "llama3")
@@ -201,6 +204,13 @@ def object_store(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         config=BotocoreConfig(retries={"total_max_attempts": 12, "mode": "standard"}),
     )
     client.create_bucket(Bucket="runs")
+    client.create_bucket(Bucket="raw")
+    for path in sorted((SAMPLES / "CPsyCounD" / "Data").iterdir()):
+        client.upload_file(str(path), "raw", f"CPsyCounD/Data/{path.name}")
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w:gz") as archive:
+        archive.add(SAMPLES / "SmileChat" / "data", "data")
+    client.put_object(Bucket="raw", Key="SmileChat.tar.gz", Body=packed.getvalue())
     yield address
     server.terminate()
     server.wait(timeout=30)
@@ -242,14 +252,17 @@ def head_node(object_store: str) -> Iterator[str]:
         process.wait(timeout=60)
 
 
-def test_a_submitted_job_keeps_its_workspace_in_an_object_store(head_node, object_store):
-    place = f"s3://runs/quickstart?endpoint_override={object_store}&scheme=http"
+def test_a_submitted_job_reads_from_and_writes_to_an_object_store(head_node, object_store):
+    store = f"?endpoint_override={object_store}&scheme=http"
+    place = f"s3://runs/quickstart{store}"
     done = subprocess.run(
         [
             *(RAY, "job", "submit", "--address", head_node),
             *("--working-dir", ".", "--", sys.executable, "jobs/pipeline.py"),
             *("--config", QUICKSTART, f"workspace={place}", *SHORT),
             models("llama3"),
+            f"ingest.corpora.cpsycound.path=s3://raw/CPsyCounD{store}",
+            f"ingest.corpora.smilechat.path=s3://raw/SmileChat.tar.gz{store}",
         ],
         cwd=ROOT,
         capture_output=True,
@@ -261,5 +274,10 @@ def test_a_submitted_job_keeps_its_workspace_in_an_object_store(head_node, objec
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert "succeeded" in done.stdout.lower()
     workspace = Workspace.open(place)
+    corpora = workspace.manifest("dialogues")["corpora"]
+    here = {"cpsycound": "CPsyCounD/Data", "smilechat": "SmileChat/data"}
+    for name, folder in here.items():
+        assert corpora[name]["files"] == len(list((SAMPLES / folder).iterdir()))
+    assert sum(entry["dialogues"] for entry in corpora.values()) == 102
     assert workspace.manifest("predictions")["counts"]["rows"] > 0
     assert "<html" in workspace.read_text("report", "index.html")
