@@ -100,9 +100,7 @@ def paraphrasing_plan(config: Config, workspace: Workspace, train: Sequence[Row]
     """The calls that `augment` would make."""
     rows = _paraphrased(config, train)
     asking = Asking(config, config.teacher, workspace, Paraphrasing(), "augment")
-    missing = asking.missing(rows)
-    prompt, completion, cost = asking.estimate(rows, missing)
-    return Plan(None, len(missing), prompt, completion, cost)
+    return asking.plan(rows)
 
 
 def _paraphrased(config: Config, train: Sequence[Row]) -> list[Row]:

@@ -88,10 +88,7 @@ def plan(config: Config, workspace: Workspace) -> Plan:
         done = workspace.is_done("selection", _selection_fingerprint(config, workspace))
         return Plan(done=done)
     asking = _asking(config, workspace)
-    rows = _sample(config, workspace, asking).rows
-    missing = asking.missing(rows)
-    prompt, completion, cost = asking.estimate(rows, missing)
-    return Plan(len(rows), len(missing), prompt, completion, cost)
+    return asking.plan(_sample(config, workspace, asking).rows)
 
 
 def run(config: Config, workspace: Workspace) -> Mapping[str, Any]:

@@ -231,10 +231,7 @@ def plan(config: Config, workspace: Workspace) -> Plan:
     if workspace.is_done(ARTIFACT, _fingerprint(config, workspace)):
         return Plan(done=True)
     asking, groups = _asking(config, workspace), _groups(config, workspace)
-    questions = _questions(config, groups)
-    missing = asking.missing(questions)
-    prompt, completion, cost = asking.estimate(questions, missing)
-    return Plan(len(groups), len(missing), prompt, completion, cost)
+    return asking.plan(_questions(config, groups), count=len(groups))
 
 
 def run(config: Config, workspace: Workspace) -> Mapping[str, Any]:

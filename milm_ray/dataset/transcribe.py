@@ -181,10 +181,7 @@ def plan(config: Config, workspace: Workspace) -> Plan:
     if workspace.is_done(ARTIFACT, _fingerprint(config, workspace)) and not _unasked(workspace):
         return Plan(done=True)
     asking = _asking(config, workspace)
-    rows = _sample(config, workspace, asking).rows
-    missing = asking.missing(rows)
-    prompt, completion, cost = asking.estimate(rows, missing)
-    return Plan(len(rows), len(missing), prompt, completion, cost)
+    return asking.plan(_sample(config, workspace, asking).rows)
 
 
 def run(config: Config, workspace: Workspace) -> Mapping[str, Any]:

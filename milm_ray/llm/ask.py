@@ -14,7 +14,7 @@ from typing import Any
 
 from milm_ray.config import Config, LLMSection
 from milm_ray.errors import UserError
-from milm_ray.job import connect
+from milm_ray.job import Plan, connect
 from milm_ray.llm.asker import Asker, Secrets, blocks, shape
 from milm_ray.llm.client import not_recorded
 from milm_ray.llm.exchange import Answer, Row, Task, Usage, exchange
@@ -95,6 +95,14 @@ class Asking:
             prompt = round(asked * used.prompt_tokens / estimated)
             completion = round(len(missing) * used.completion_tokens / answered)
         return prompt, completion, cost_of(price_of(self.settings), prompt, completion)
+
+    def plan(self, rows: Sequence[Row], *notes: str, count: int | None = None) -> Plan:
+        """What answering the rows would take. count: what to call their number, where a row here is
+        not a row of the stage."""
+        missing = self.missing(rows)
+        prompt, completion, cost = self.estimate(rows, missing)
+        shown = len(rows) if count is None else count
+        return Plan(shown, len(missing), prompt, completion, cost, notes=notes)
 
     def run(self, rows: Sequence[Row]) -> Iterator[Answer]:
         """Answers in the order of the rows; asks first for whatever is missing.

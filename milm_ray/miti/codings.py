@@ -75,9 +75,7 @@ def plan(config: Config, workspace: Workspace) -> Plan:
     if "llm" not in config.miti.automatic:
         return Plan(rows=len(packet.items), notes=(note,))
     asking, rows = _asking(config, workspace, packet)
-    missing = asking.missing(rows)
-    prompt, completion, cost = asking.estimate(rows, missing)
-    return Plan(len(rows), len(missing), prompt, completion, cost, notes=(note,))
+    return asking.plan(rows, note)
 
 
 def _asking(
