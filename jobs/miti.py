@@ -4,7 +4,7 @@
     ray job submit --working-dir . -- python jobs/miti.py --config jobs/configs/paper.yaml
 
 Run it once: packet/ holds what coders get, packet_key/ who is who. Coders fill in packet/sheets/
-or use jobs/code.py. Put their sheets into sheets/ (<coder>.xlsx, or the two CSV files) and run it
+or use jobs/coding.py. Put their sheets into sheets/ (<coder>.xlsx, or the two CSV files) and run it
 again: codings/ has every code, people's and automatic ones apart, and study/ the tables.
 """
 

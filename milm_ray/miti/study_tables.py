@@ -168,7 +168,7 @@ def table5(key: Key) -> StudyTable:
         rows,
         [
             "Topics are the paper's five. Motivation is assigned at random, seeded; the paper does "
-            "not define its levels (see the simulator's START)."
+            "not define its levels."
         ],
     )
 

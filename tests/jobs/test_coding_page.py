@@ -1,0 +1,209 @@
+"""The coding page as a command, driven in Chromium by keyboard; killed and started again."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from miti_sample import config_of, with_sessions
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+from milm_ray.miti import codings, study_packet
+from milm_ray.miti.coding_scheme import GLOBAL_NAMES
+from milm_ray.miti.sheet import read_csv
+from milm_ray.workspace import Workspace
+
+ROOT = Path(__file__).parents[2]
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium"),
+]
+
+
+class PageServer:
+    """jobs/coding.py in a process of its own."""
+
+    def __init__(self, config: Path) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "jobs/coding.py", "--config", str(config), "--port", "0"],
+            cwd=ROOT,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            if found := re.search(r"coding page at (http://\S+)", line):
+                self.url = found.group(1)
+                return
+        raise AssertionError("the coding page did not start")
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Workspace]:
+    """A packet of two dialogues, one of each model."""
+    folder = tmp_path_factory.mktemp("coding")
+    config = config_of(folder, "simulate.sessions=1", "simulate.max_rounds=3")
+    ws, _ = with_sessions(config)
+    study_packet.run(config, ws)
+    return folder / "study.yaml", ws
+
+
+@pytest.fixture(scope="module")
+def browser(study: tuple[Path, Workspace]) -> Iterator[Browser]:
+    # After the study: Playwright keeps an event loop running in this thread.
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield started
+        started.close()
+
+
+@pytest.fixture
+def server(study: tuple[Path, Workspace]) -> Iterator[PageServer]:
+    started = PageServer(study[0])
+    yield started
+    started.kill()
+
+
+def opened(browser: Browser, server: PageServer, coder: str) -> Page:
+    page = browser.new_context(viewport={"width": 1280, "height": 900}).new_page()
+    page.set_default_timeout(30_000)
+    page.on("pageerror", lambda error: pytest.fail(str(error)))
+    page.goto(server.url)
+    page.get_by_role("button", name=coder, exact=True).click()
+    expect(page.locator("#target")).to_be_visible()
+    return page
+
+
+def saved(page: Page) -> None:
+    expect(page.locator("#saved")).to_have_text(re.compile("已保存|Saved"))
+
+
+def code_everything(page: Page, score: int) -> None:
+    """The open dialogue by keyboard only: target, a question first, then reflections, scores."""
+    expect(page.locator("#target")).to_be_focused()
+    page.keyboard.type("早点睡")
+    page.keyboard.press("Enter")
+    expect(page.locator("#dialogue")).to_be_focused()
+    for row in range(page.locator(".u").count()):
+        letter, shown = ("s", "SR") if row % 2 == 0 else ("q", "Q")
+        expect(page.locator(".u").nth(row)).to_have_attribute("aria-selected", "true")
+        page.keyboard.press(letter)
+        expect(page.locator(".u .code").nth(row)).to_have_text(shown)
+    for name in GLOBAL_NAMES:
+        page.locator(f"#{name}-{score}").focus()
+        page.keyboard.press("Space")
+        expect(page.locator(f"#{name}-{score}")).to_be_checked()
+        saved(page)
+
+
+def test_a_full_dialogue_by_keyboard_survives_a_killed_server_and_exports_as_a_sheet(
+    browser: Browser, study: tuple[Path, Workspace], server: PageServer, tmp_path: Path
+) -> None:
+    config_path, ws = study
+    page = opened(browser, server, "anna")
+    expect(page.locator("html")).to_have_attribute("lang", "zh-Hans")
+    code_everything(page, 4)
+
+    # The rules of the volley: a second question is refused, a complex reflection ousts the simple.
+    page.locator(".u").nth(0).click()
+    page.keyboard.press("q")
+    expect(page.locator("#message")).to_have_text("每种编码一段只记一次")
+    expect(page.locator(".u .code").nth(0)).to_have_text("SR")
+    page.keyboard.press("c")
+    expect(page.locator(".u .code").nth(0)).to_have_text("CR")
+    page.locator(".u").nth(1).click()
+    page.keyboard.press("s")
+    expect(page.locator("#message")).to_have_text("一段里有 CR，就不再有 SR")
+    saved_codes = page.locator(".u .code").all_text_contents()
+
+    server.kill()
+    page.locator(".u").nth(0).click()
+    page.keyboard.press("0")
+    expect(page.locator("#saved")).to_have_text(re.compile("没有保存"))
+    expect(page.locator(".u .code").nth(0)).to_have_text("CR")
+    page.context.close()
+
+    again = PageServer(config_path)
+    try:
+        page = opened(browser, again, "anna")
+        assert page.locator(".u .code").all_text_contents() == saved_codes
+        expect(page.locator("#target")).to_have_value("早点睡")
+        expect(page.locator("#empathy-4")).to_be_checked()
+        page.get_by_role("button", name="完成这段对话").click()
+        expect(page.locator("#name")).to_have_text("item-02")
+        page.get_by_role("button", name="完成这段对话").click()
+        expect(page.locator("#message")).to_contain_text("还缺：要改变的行为、培育改变语句")
+        code_everything(page, 2)
+        page.get_by_role("button", name="完成这段对话").click()
+        expect(page.locator("#items .done")).to_have_count(2)
+
+        files = []
+        for link in ("导出编码 CSV", "导出评分 CSV"):
+            with page.expect_download() as download:
+                page.get_by_role("link", name=link).click()
+            files.append(tmp_path / download.value.suggested_filename)
+            download.value.save_as(files[-1])
+        packet = study_packet.load_packet(ws)
+        sheet = read_csv(*files, packet, "anna")
+        config = config_of(config_path.parent)
+        assert sheet == codings.import_people(config, ws, packet)
+        page.get_by_role("button", name="English").click()
+        expect(page.locator("legend").first).to_have_text("Cultivating change talk")
+        page.context.close()
+    finally:
+        again.kill()
+
+
+def test_two_coders_are_adjudicated_and_do_not_see_each_other(
+    browser: Browser, study: tuple[Path, Workspace], server: PageServer
+) -> None:
+    page = opened(browser, server, "ben")
+    assert "CR" not in page.locator(".u .code").all_text_contents()
+    code_everything(page, 2)
+    page.get_by_role("button", name="完成这段对话").click()
+    expect(page.locator("#items .done")).to_have_count(1)
+    page.context.close()
+
+    page = opened(browser, server, "裁定")
+    expect(page.locator("#items button").nth(1)).to_be_disabled()  # ben has not finished it
+    expect(page.locator(".u.differ")).to_have_count(1)
+    expect(page.locator(".u .others").first).to_have_text("anna: CR　ben: SR")
+    page.get_by_role("button", name="采用一致的编码与评分").click()
+    expect(page.locator(".u .code", has_text="–")).to_have_count(1)
+    page.locator(".u").nth(0).click()
+    page.keyboard.press("c")
+    expect(page.locator(".u .code").nth(0)).to_have_text("CR")
+    page.context.close()
+
+
+def test_the_page_is_for_this_machine_and_this_page_alone(
+    study: tuple[Path, Workspace], server: PageServer
+) -> None:
+    def status(headers: dict[str, str], body: bytes | None = None) -> int:
+        path = "api/change" if body else "api/scheme"
+        request = urllib.request.Request(server.url + path, body, headers)
+        try:
+            return urllib.request.urlopen(request, timeout=10).status
+        except urllib.error.HTTPError as error:
+            return error.code
+
+    change = {"coder": "anna", "item": "item-01", "kind": "finish", "done": False}
+    assert status({}) == 200
+    assert status({"Host": "evil.example"}) == 400
+    assert status({}, json.dumps(change).encode()) == 409
+    assert status({"X-Coding": "1"}, json.dumps(change | {"coder": "eve"}).encode()) == 409
+    assert status({"X-Coding": "1"}, json.dumps(change | {"item": "../key"}).encode()) == 409
+    assert status({"X-Coding": "1"}, b"no json") == 409
