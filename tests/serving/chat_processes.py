@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import subprocess
 import sys
 import urllib.error
@@ -11,40 +12,26 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
+from tests.serving import chat_server
+
+# Replicas are forked from a process that has imported everything: they start in a moment.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["milm_ray.serving.chat.app", "uvicorn"])
 
 
-class Process:
-    """A process that prints the port it listens at."""
+class ModelServer:
+    """tests/serving/chat_model.py as a process."""
 
-    def __init__(self, script: str, *arguments: str) -> None:
-        command = [sys.executable, str(HERE / script), *arguments]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        assert self.process.stdout is not None
-        self.port = int(self.process.stdout.readline() or 0)
-        assert self.port, f"{script} did not start"
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
-
-    def terminate(self) -> None:
-        self.process.terminate()
-        self.process.wait(20)
-
-    def __enter__(self) -> Any:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.kill()
-
-
-class ModelServer(Process):
     def __init__(self, folder: Path, pause: float = 0.02) -> None:
         self.log = folder / f"asked-{uuid.uuid4().hex[:6]}.jsonl"
         self.log.touch()
-        super().__init__("chat_model.py", "--log", str(self.log), "--pause", str(pause))
-        self.url = f"http://127.0.0.1:{self.port}/v1"
+        command = [sys.executable, str(Path(__file__).with_name("chat_model.py"))]
+        command += ["--log", str(self.log), "--pause", str(pause)]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert self.process.stdout is not None
+        port = int(self.process.stdout.readline() or 0)
+        assert port, "the model did not start"
+        self.url = f"http://127.0.0.1:{port}/v1"
 
     def asked(self, about: str = "") -> list[dict[str, Any]]:
         """The questions that came, whole, of which the last message holds `about`."""
@@ -52,8 +39,15 @@ class ModelServer(Process):
         questions = [json.loads(line) for line in lines]
         return [q for q in questions if about in q["messages"][-1]["content"]]
 
+    def __enter__(self) -> ModelServer:
+        return self
 
-class ChatServer(Process):
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+class ChatServer:
     """One replica of the chat. Settings as in ChatSection; options: keys_file, port."""
 
     def __init__(self, database: str, model: ModelServer, **options: Any) -> None:
@@ -63,8 +57,28 @@ class ChatServer(Process):
             settings["database"] = database
         else:
             known["default_database"] = database
-        super().__init__("chat_server.py", json.dumps({"settings": settings, **known}))
+        ours, theirs = FORKS.Pipe()
+        self.process = FORKS.Process(
+            target=chat_server.run, args=({"settings": settings, **known}, theirs), daemon=True
+        )
+        self.process.start()
+        self.port = ours.recv()
+        assert self.port, "the chat did not start"
         self.url = f"http://127.0.0.1:{self.port}/"
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.join(20)
+
+    def terminate(self) -> None:
+        self.process.terminate()
+        self.process.join(20)
+
+    def __enter__(self) -> ChatServer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
 
 
 class Person:

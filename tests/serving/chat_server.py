@@ -1,18 +1,13 @@
-"""One replica of the chat as a process of its own, without Ray.
-
-    python tests/serving/chat_server.py '{"port": 0, "settings": {…}, "keys_file": null, …}'
-
-Prints its port when it listens. `root` mounts it as Serve does.
-"""
+"""One replica of the chat as a process of its own, without Ray."""
 
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import socket
-import sys
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 
@@ -20,7 +15,15 @@ from milm_ray.serve_settings import ChatSection
 from milm_ray.serving.chat.app import create_app
 
 
-async def main(options: dict) -> None:
+def run(options: dict[str, Any], started: Connection) -> None:
+    """Serve until killed; the port, or 0 where it does not start, goes through `started`."""
+    try:
+        asyncio.run(_serve(options, started))
+    finally:
+        started.send(0)
+
+
+async def _serve(options: dict[str, Any], started: Connection) -> None:
     listener = socket.socket()
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listener.bind(("127.0.0.1", options.get("port", 0)))
@@ -36,11 +39,7 @@ async def main(options: dict) -> None:
     while not server.started and not serving.done():
         await asyncio.sleep(0.02)
     if server.started:
-        print(listener.getsockname()[1], flush=True)
+        started.send(listener.getsockname()[1])
     parent = os.getppid()
-    while os.getppid() == parent and not serving.done():
+    while os.getppid() == parent and not serving.done():  # do not outlive the test
         await asyncio.sleep(0.2)
-
-
-if __name__ == "__main__":
-    asyncio.run(main(json.loads(sys.argv[1])))
