@@ -97,7 +97,7 @@ class SafetyConfig(Section):
         180, ge=1, description="a help line checked longer ago is reported as stale at start-up"
     )
     classifier_medium: float = Field(
-        0.60, gt=0, le=1, description="P(risk) from which a turn without a rule hit is medium"
+        0.70, gt=0, le=1, description="P(risk) from which a turn without a rule hit is medium"
     )
     classifier_high: float = Field(
         0.90, gt=0, le=1, description="P(high risk) from which a turn without a rule hit is high"

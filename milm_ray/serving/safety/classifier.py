@@ -1,4 +1,4 @@
-"""The small classifier beside the rules: character n-grams, logistic regression, numpy only.
+"""The small classifier beside the rules: n-grams of characters and words, logistic regression, numpy only.
 
 It catches wording that no rule foresaw. Two heads on the same hashed features: which category
 (or none), and how probable high risk is. Weights are a plain .npz (no pickle) made by train.py.
@@ -6,6 +6,8 @@ It catches wording that no rule foresaw. Two heads on the same hashed features: 
 
 from __future__ import annotations
 
+import itertools
+import re
 import zlib
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,6 +21,7 @@ from milm_ray.serving.safety.config import CATEGORIES, Category
 BUCKETS = 1 << 13
 CLASSES: tuple[str, ...] = ("none", *CATEGORIES)
 _ORDERS = (1, 2, 3)
+_WORD = re.compile(r"[a-z']+")
 _LONGEST = 400  # characters read; a longer turn is read in windows by the caller
 
 
@@ -32,9 +35,16 @@ class Opinion:
 
 
 def features(text: str) -> tuple[np.ndarray, np.ndarray]:
-    """Bucket numbers and L2-normalised weights of the character 1- to 3-grams of `text`."""
-    text = f"^{text[:_LONGEST]}$"
-    grams = {text[i : i + n] for n in _ORDERS for i in range(len(text) - n + 1)}
+    """Bucket numbers and L2-normalised weights of what `text` is made of.
+
+    Character 1- to 3-grams; of words in Latin letters, whose letters alone say nothing, the
+    words and their pairs instead.
+    """
+    text = text[:_LONGEST]
+    words = _WORD.findall(text)
+    grams = {*words, *(f"{first} {second}" for first, second in itertools.pairwise(words))}
+    text = f"^{_WORD.sub('_', text)}$"
+    grams |= {text[i : i + n] for n in _ORDERS for i in range(len(text) - n + 1)}
     grams = {gram for gram in grams if "〇" not in gram}
     if not grams:
         return np.zeros(0, np.int64), np.zeros(0, np.float32)
