@@ -33,7 +33,8 @@ _WORDS = {
     "zhi xiang": "只想", "yi zhi": "一直", "mei tian": "每天", "zai": "在", "dou": "都",
     "zen me": "怎么", "ba": "爸", "ma": "妈", "lao gong": "老公", "da wo": "打我",
     "sha": "杀", "de": "的", "yi": "一", "ge": "个", "ren": "人", "ye": "也", "hen": "很",
-    "dao": "刀", "gao su wo": "告诉我", "zui kuai": "最快", "fang fa": "方法", "shi": "是",
+    "dao": "刀", "gao su wo": "告诉我", "xie hao": "写好", "xie le": "写了", "yi jing": "已经",
+    "zhun bei": "准备", "zui kuai": "最快", "fang fa": "方法", "shi": "是",
 }  # fmt: skip
 _LONGEST = max(key.count(" ") for key in _WORDS) + 1
 _RISK = re.compile(
