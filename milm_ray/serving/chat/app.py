@@ -31,7 +31,7 @@ from milm_ray.serve_settings import ChatSection
 from milm_ray.serving.access import Gate
 from milm_ray.serving.chat.bodies import Id, NewMessage, NewSession, Rating, session_view
 from milm_ray.serving.chat.database import Database, Unavailable, database_url
-from milm_ray.serving.chat.errors import Refused, not_found, unavailable
+from milm_ray.serving.chat.errors import Refused, unavailable
 from milm_ray.serving.chat.page import page
 from milm_ray.serving.chat.replies import Replies
 from milm_ray.serving.chat.roles import MOTIVATION_CARDS, TOPIC_CARDS, assigned
@@ -296,7 +296,7 @@ def _add_messages(app: FastAPI, service: Chat) -> None:
 
     @app.post("/api/sessions/{session_id}/messages/{message_id}/stop", status_code=202)
     async def stop(session_id: Id, message_id: Id, person: Person) -> dict[str, str]:
-        position = await _position(session_id, message_id, person)
+        position = await store.position(session_id, person, message_id)
         await store.stop(session_id, person, message_id)
         replies.stop(session_id, position)
         return {"message_id": message_id}
@@ -304,16 +304,9 @@ def _add_messages(app: FastAPI, service: Chat) -> None:
     @app.get("/api/sessions/{session_id}/messages/{message_id}/reply")
     async def reply_events(session_id: Id, message_id: Id, person: Person) -> Response:
         """The reply as server-sent events, from its beginning, as often as it is asked for."""
-        position = await _position(session_id, message_id, person)
+        position = await store.position(session_id, person, message_id)
         events = _kept_alive(replies.follow(session_id, position))
         return StreamingResponse(events, media_type="text/event-stream", headers=_SSE)
-
-    async def _position(session_id: str, message_id: str, person: str) -> int:
-        _, messages = await store.load(session_id, person)
-        for message in messages:
-            if message.message_id == message_id and message.role == "counselor":
-                return message.position
-        raise not_found()
 
 
 async def _kept_alive(events: AsyncIterator[dict[str, Any]]) -> AsyncIterator[str]:

@@ -195,7 +195,8 @@ class Replies:
         self, reply: Reply, live: Live, session: ChatSession, turns: Sequence[Turn]
     ) -> str | list[Violation]:
         """The model's whole reply, or why it must not be shown; asked again where it breaks off."""
-        await self._keep(reply, live)
+        if live.notice:
+            await self._keep(reply, live)
         for attempt in range(1, self._settings.max_attempts + 1):
             try:
                 return await self._attempt(reply, live, session, turns)

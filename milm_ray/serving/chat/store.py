@@ -23,6 +23,9 @@ from milm_ray.serving.chat.errors import Refused, not_found
 from milm_ray.serving.chat.tables import ChatMessage, ChatSession, Counter, Intervention
 
 LEASE_S = 8.0
+# The tables themselves, for what is done with every sentence: without the bookkeeping of objects.
+_MESSAGES: Any = ChatMessage.__table__
+_SESSIONS: Any = ChatSession.__table__
 _RISKS = ("none", "medium", "high")
 
 
@@ -139,20 +142,30 @@ class Store:
         now, over = time.time(), False
         async with self._database.write() as transaction:
             session = await self._own(transaction, session_id, person, lock=True)
-            messages = await _messages(transaction, session_id)
-            for message in messages:
-                if message.message_id == message_id:
-                    if message.role == "client" and message.content != text:
-                        raise Refused(409, "other_text", "that message id was sent with other text")
-                    return None
+            known = await transaction.scalar(
+                sa.select(_MESSAGES.c.content).where(
+                    _MESSAGES.c.session_id == session_id,
+                    _MESSAGES.c.message_id == message_id,
+                    _MESSAGES.c.role == "client",
+                )
+            )
+            if known is not None:
+                if known != text:
+                    raise Refused(409, "other_text", "that message id was sent with other text")
+                return None
             if session.end_reason:
                 raise Refused(409, "ended", "the session has ended")
-            if messages and messages[-1].status == "pending":
+            newest = sa.select(_MESSAGES.c.position, _MESSAGES.c.status).where(
+                _MESSAGES.c.session_id == session_id
+            )
+            newest = newest.order_by(_MESSAGES.c.position.desc()).limit(1)
+            last = (await transaction.execute(newest)).first()
+            position = 0 if last is None else last.position + 1
+            if last is not None and last.status == "pending":
                 raise Refused(409, "busy", "the reply before this one is not finished yet")
-            if len(messages) >= 2 * self._max_rounds:
+            if position >= 2 * self._max_rounds:
                 session.end_reason, session.ended_at = "limit", now
                 over = True
-            position = len(messages)
             common = {"session_id": session_id, "message_id": message_id, "created_at": now}
             asked = ChatMessage(
                 **common, position=position, role="client", content=text, notice="", kind="client",
@@ -230,8 +243,8 @@ class Store:
         """Keep what is written so far, and the lease; whether to stop, None where it was lost."""
         values = {"content": content, "notice": notice, "lease_until": time.time() + LEASE_S}
         async with self._database.write() as transaction:
-            statement = sa.update(ChatMessage).where(*self._mine(reply)).values(**values)
-            row = (await transaction.execute(statement.returning(ChatMessage.stop))).first()
+            statement = sa.update(_MESSAGES).where(*self._mine(reply)).values(**values)
+            row = (await transaction.execute(statement.returning(_MESSAGES.c.stop))).first()
             return None if row is None else bool(row[0])
 
     async def finish(self, reply: Reply, status: str, content: str, kind: str, risk: str) -> None:
@@ -240,31 +253,50 @@ class Store:
         lower = _RISKS[: _RISKS.index(risk)]
         async with self._database.write() as transaction:
             await transaction.execute(
-                sa.update(ChatMessage)
+                sa.update(_MESSAGES)
                 .where(*self._mine(reply))
                 .values(status=status, content=content, kind=kind, finished_at=now, lease_until=0.0)
             )
-            await transaction.execute(
-                sa.update(ChatSession)
-                .where(ChatSession.session_id == reply.session_id, ChatSession.risk.in_(lower))
-                .values(risk=risk)
-            )
+            if lower:
+                await transaction.execute(
+                    sa.update(_SESSIONS)
+                    .where(_SESSIONS.c.session_id == reply.session_id, _SESSIONS.c.risk.in_(lower))
+                    .values(risk=risk)
+                )
 
     async def release(self, reply: Reply) -> None:
         """Give a reply up, so that another replica may take it over at once."""
         async with self._database.write() as transaction:
             await transaction.execute(
-                sa.update(ChatMessage).where(*self._mine(reply)).values(lease_until=0.0)
+                sa.update(_MESSAGES).where(*self._mine(reply)).values(lease_until=0.0)
             )
 
     def _mine(self, reply: Reply) -> Sequence[Any]:
         return (
-            ChatMessage.session_id == reply.session_id,
-            ChatMessage.position == reply.position,
-            ChatMessage.attempt == reply.attempt,
-            ChatMessage.owner == self._owner,
-            ChatMessage.status == "pending",
+            _MESSAGES.c.session_id == reply.session_id,
+            _MESSAGES.c.position == reply.position,
+            _MESSAGES.c.attempt == reply.attempt,
+            _MESSAGES.c.owner == self._owner,
+            _MESSAGES.c.status == "pending",
         )
+
+    async def position(self, session_id: str, person: str, message_id: str) -> int:
+        """Where the reply to a message is in its session; 404 where there is none."""
+        statement = (
+            sa.select(_MESSAGES.c.position)
+            .join(_SESSIONS, _SESSIONS.c.session_id == _MESSAGES.c.session_id)
+            .where(
+                _SESSIONS.c.session_id == session_id,
+                _SESSIONS.c.person == person,
+                _MESSAGES.c.message_id == message_id,
+                _MESSAGES.c.role == "counselor",
+            )
+        )
+        async with self._database.read() as transaction:
+            found = await transaction.scalar(statement)
+        if found is None:
+            raise not_found()
+        return int(found)
 
     async def message(self, session_id: str, position: int) -> ChatMessage | None:
         async with self._database.read() as transaction:

@@ -1,4 +1,4 @@
-"""The small classifier beside the rules: n-grams of characters and words, logistic regression, numpy only.
+"""The small classifier beside the rules: n-grams, logistic regression, numpy only.
 
 It catches wording that no rule foresaw. Two heads on the same hashed features: which category
 (or none), and how probable high risk is. Weights are a plain .npz (no pickle) made by train.py.
