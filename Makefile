@@ -38,8 +38,8 @@ quickstart: install ## the whole pipeline on the samples, offline; opens nothing
 	$(BIN)/python jobs/pipeline.py --config jobs/configs/quickstart.yaml
 	@echo "report: runs/quickstart/report/index.html"
 
-serve: install ## the models of CONFIG (default: the quickstart's) as OpenAI-compatible endpoints
-	$(BIN)/python jobs/serve.py --config $(or $(CONFIG),jobs/configs/quickstart.yaml)
+serve: install ## the models of CONFIG (default: the quickstart's) as endpoints, and the chat page
+	$(BIN)/python jobs/serve.py --config $(or $(CONFIG),jobs/configs/quickstart.yaml) $(ARGS)
 
 test: lint ## lint, then every test
 	$(BIN)/python -m pytest

@@ -1,0 +1,228 @@
+"""Model endpoints and chat: what the layers around the engine cost, on the shipped tiny Llama-3.
+
+    python benchmarks/serving.py                     # everything, about four minutes on two cores
+    python benchmarks/serving.py --parts batch http  # some of it
+
+batch: 328 rounds of 41 dialogues in order, 128 new tokens each, by base and by adapter: rounds a
+second, and the share of prompt tokens that the prefix cache had. http: output tokens a second at 32
+requests in flight, through the endpoints and by the bare engine (a process of its own, the same
+options). first: time to the first token through the endpoints, and to the first text in the chat,
+which a person sees when its sentence has been checked. All in one run on one machine; greedy, the
+end of a reply ignored, so that everybody writes the same number of tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+DIALOGUES, ROUNDS, NEW_TOKENS = 41, 8, 128
+IN_FLIGHT = 32
+QUESTIONS = 4 * IN_FLIGHT
+ENGINE = {"kv_cache_memory_bytes": 256 << 20}
+SAID = "我最近总是熬夜刷手机，第二天很累，想改又改不掉。"
+
+
+async def pooled(jobs: list[Callable[[], Awaitable[Any]]], in_flight: int) -> list[Any]:
+    """The results of the jobs, begun in order, so many at a time."""
+    gate = asyncio.Semaphore(in_flight)
+
+    async def one(job: Callable[[], Awaitable[Any]]) -> Any:
+        async with gate:
+            return await job()
+
+    return await asyncio.gather(*(one(job) for job in jobs))
+
+
+def client(url: str) -> Any:
+    import openai
+
+    return openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0, timeout=600)
+
+
+async def batch(url: str, rows: list[dict[str, Any]]) -> None:
+    from milm_ray.models.messages import round_messages
+
+    http = client(url)
+
+    async def ask(model: str, row: dict[str, Any]) -> tuple[int, int]:
+        reply = await http.chat.completions.create(
+            model=model,
+            messages=round_messages(row),
+            max_tokens=NEW_TOKENS,
+            temperature=0,
+            extra_body={"ignore_eos": True},
+        )
+        details = reply.usage.prompt_tokens_details
+        return reply.usage.prompt_tokens, (details.cached_tokens or 0) if details else 0
+
+    for model in ("llama3", "llama3:mi"):
+        await ask(model, rows[0])
+        started = time.perf_counter()
+        counts = await pooled([lambda row=row: ask(model, row) for row in rows], 192)  # noqa: B023
+        seconds = time.perf_counter() - started
+        cached = sum(c for _, c in counts) / sum(p for p, _ in counts)
+        print(
+            f"batch {model}: {len(rows) / seconds:.1f} rounds/s, prefix cache {cached:.0%}",
+            flush=True,
+        )
+
+
+async def http_speed(url: str) -> float:
+    """Output tokens a second at IN_FLIGHT requests through the endpoints."""
+    http = client(url)
+
+    async def ask(number: int) -> None:
+        await http.chat.completions.create(
+            model="llama3",
+            messages=[{"role": "user", "content": f"{number}：{SAID}"}],
+            max_tokens=NEW_TOKENS,
+            temperature=0,
+            extra_body={"ignore_eos": True},
+        )
+
+    started = time.perf_counter()
+    await pooled([lambda n=n: ask(n) for n in range(QUESTIONS)], IN_FLIGHT)
+    return QUESTIONS * NEW_TOKENS / (time.perf_counter() - started)
+
+
+async def first_tokens(url: str, chat_url: str) -> None:
+    import httpx
+
+    http = client(url)
+
+    async def token(number: int) -> float:
+        started = time.perf_counter()
+        stream = await http.chat.completions.create(
+            model="llama3",
+            messages=[{"role": "user", "content": f"{number}：{SAID}"}],
+            max_tokens=64,
+            stream=True,
+        )
+        first = 0.0
+        async for chunk in stream:
+            if not first and chunk.choices and chunk.choices[0].delta.content:
+                first = time.perf_counter() - started
+        return first
+
+    async def sentence(number: int) -> float:
+        headers = {"X-Person": uuid.uuid4().hex * 2}
+        async with httpx.AsyncClient(base_url=chat_url, headers=headers, timeout=300) as person:
+            session, message = uuid.uuid4().hex, uuid.uuid4().hex
+            await person.post("api/sessions", json={"session_id": session, "model": "llama3"})
+            started = time.perf_counter()
+            path = f"api/sessions/{session}/messages"
+            body = {"message_id": message, "content": f"{number}：{SAID}"}
+            (await person.post(path, json=body)).raise_for_status()
+            first = 0.0
+            async with person.stream("GET", f"{path}/{message}/reply") as events:
+                async for line in events.aiter_lines():
+                    if not first and line.startswith("data: ") and json.loads(line[6:]).get("text"):
+                        first = time.perf_counter() - started
+            return first
+
+    for name, job in (("token at the endpoints", token), ("text in the chat", sentence)):
+        times = await pooled([lambda n=n: job(n) for n in range(QUESTIONS)], IN_FLIGHT)  # noqa: B023
+        cuts = statistics.quantiles(times, n=20)
+        print(f"first {name}: p50 {cuts[9]:.3f} s, p95 {cuts[18]:.3f} s", flush=True)
+
+
+def bare_engine(path: str) -> None:
+    """The engine alone, no server: the same questions, options and number in flight."""
+    from vllm import LLM, SamplingParams
+
+    from milm_ray.serving.cpu_engine import WORKER_CLS
+
+    engine = LLM(
+        model=path,
+        dtype="float32",
+        max_model_len=2048,
+        max_num_seqs=IN_FLIGHT,
+        enforce_eager=True,
+        block_size=32,
+        worker_cls=WORKER_CLS,
+        **ENGINE,
+    )
+    sampling = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
+    asked = [[{"role": "user", "content": f"{n}：{SAID}"}] for n in range(QUESTIONS)]
+    engine.chat(asked[:IN_FLIGHT], sampling, use_tqdm=False)
+    started = time.perf_counter()
+    engine.chat(asked, sampling, use_tqdm=False)
+    print(json.dumps(QUESTIONS * NEW_TOKENS / (time.perf_counter() - started)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parts = ("batch", "http", "first")
+    parser.add_argument("--parts", nargs="+", choices=parts, default=list(parts))
+    parser.add_argument("--bare", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.bare:
+        bare_engine(options.bare)
+        return
+    import ray
+
+    from milm_ray.config import Config
+    from milm_ray.serving.endpoints import app_args, chat_args, prepared_bases
+    from milm_ray.serving.running import running_chat, running_models
+    from milm_ray.workspace import Workspace
+    from tests.serving.conftest import RANK, random_adapter, sample_rounds
+
+    model = {"path": str(ROOT / "milm_ray/samples/models/tiny-llama3"), "chat_format": "llama3"}
+    serve = {"dtype": "float32", "max_model_len": 2048, "gpus_per_replica": 0, "engine": ENGINE}
+    with tempfile.TemporaryDirectory() as folder:
+        config = Config.model_validate(
+            {
+                "workspace": folder,
+                "models": {"llama3": model},
+                "finetune": {"lora": {"rank": RANK}},
+                "serve": {**serve, "cpus_per_replica": 0.5},
+                "chat": {"max_tokens": 64},
+            }
+        )
+        workspace = Workspace.open(folder)
+        bases = prepared_bases(config, workspace)
+        random_adapter(bases["llama3"], workspace.local("adapters", "llama3"), "llama3", 0)
+        ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="WARNING")
+        speed = 0.0
+        try:
+            with running_models(app_args(config, workspace, bases)) as url:
+                if "batch" in options.parts:
+                    asyncio.run(batch(url, sample_rounds(DIALOGUES, ROUNDS).to_pylist()))
+                if "http" in options.parts:
+                    speed = asyncio.run(http_speed(url))
+                if "first" in options.parts:
+                    with running_chat(chat_args(config, workspace, url), url) as chat_url:
+                        asyncio.run(first_tokens(url, f"{chat_url}/"))
+        finally:
+            ray.shutdown()
+        if "http" in options.parts:
+            command = [sys.executable, __file__, "--bare", str(bases["llama3"])]
+            # As the endpoints' replicas run: one thread an engine.
+            env = {**os.environ, "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+            done = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
+            bare = float(json.loads(done.stdout.splitlines()[-1]))
+            print(
+                f"http at {IN_FLIGHT} in flight: {speed:,.0f} tokens/s; bare engine {bare:,.0f}; "
+                f"{speed / bare:.2f} of it"
+            )
+
+
+if __name__ == "__main__":
+    main()
