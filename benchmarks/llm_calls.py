@@ -86,12 +86,28 @@ def distilabel(options: argparse.Namespace) -> None:
     print(json.dumps({"done": len(result["default"]["train"])}))
 
 
+def _tiktoken_without_network() -> None:
+    """curator counts tokens with a vocabulary that tiktoken downloads; where it cannot be had, one
+    token a byte: only its own estimates are the worse for it."""
+    import tiktoken
+
+    try:
+        tiktoken.get_encoding("cl100k_base")
+    except OSError:
+        ranks = {bytes([value]): value for value in range(256)}
+        by_byte = tiktoken.Encoding(
+            "bytes", pat_str=r"(?s).", mergeable_ranks=ranks, special_tokens={}
+        )
+        tiktoken.get_encoding = tiktoken.encoding_for_model = lambda name: by_byte
+
+
 def curator(options: argparse.Namespace) -> None:
     os.environ.update(
         CURATOR_DISABLE_CACHE="1",
         TELEMETRY_ENABLED="0",
         OPENAI_API_KEY=os.environ["LLM_BENCHMARK_KEY"],
     )
+    _tiktoken_without_network()
     from bespokelabs import curator as bespoke
 
     llm = bespoke.LLM(

@@ -8,7 +8,6 @@ that was killed asks only for what it had not received.
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,7 +33,6 @@ ROUNDS = "test_rounds"
 
 _ROUNDS_PER_BLOCK = 4
 _CALLS_PER_ACTOR = 1024
-_KEY_ENV = "MILM_RAY_API_KEY"
 _STOPPED = "stopped"
 _OUTCOME = pa.schema(
     [*PREDICTIONS, pa.field("failure", pa.string()), pa.field("detail", pa.string())]
@@ -192,8 +190,6 @@ class _Predictor:
         base_url: str,
         concurrency: int,
     ) -> None:
-        # The endpoints started for a job are this machine's own; they ask for no key.
-        os.environ.setdefault(_KEY_ENV, "none")
         self._config = config
         self._workspace = workspace
         self._store = ReplyStore(workspace)
@@ -276,7 +272,7 @@ def settings(config: Config, run: Run, base_url: str) -> LLMSection:
     return LLMSection(
         model=run.endpoint,
         base_url=base_url,
-        api_key_env=_KEY_ENV,
+        api_key_env="",  # endpoints started for a job are its own and ask for no key
         temperature=0.0 if greedy else generate.temperature,
         top_p=1.0 if greedy else generate.top_p,
         seed=run.seed,
