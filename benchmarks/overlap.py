@@ -1,6 +1,10 @@
 """BLEU-4 and ROUGE of the same pairs by LLaMA-Factory's composition and by ours, one core.
 
     python benchmarks/overlap.py --replies FOLDER [--pairs 10000]
+    python benchmarks/overlap.py --replies FOLDER --ray 1000000
+
+The second scores so many predictions through Ray Data on two cores, from Parquet to Parquet as the
+score job does, and prints the memory of all its processes as it goes: it must not grow.
 
 FOLDER holds CPsyCounD's case_*.txt (the shipped samples by default, which are few: pairs then
 repeat). A pair is two successive counsellor replies of one dialogue, so that its texts are real,
@@ -11,6 +15,8 @@ src/llamafactory/train/sft/metric.py. Both sides are warm: dictionaries loaded, 
 import argparse
 import itertools
 import logging
+import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -22,7 +28,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--replies", type=Path, default=SAMPLES)
     parser.add_argument("--pairs", type=int, default=10_000)
+    parser.add_argument("--ray", type=int, default=0, help="score so many through Ray Data instead")
     options = parser.parse_args()
+    if options.ray:
+        with tempfile.TemporaryDirectory() as folder:
+            through_ray(read_pairs(options.replies), options.ray, Path(folder))
+        return 0
 
     different = read_pairs(options.replies)
     pairs = list(itertools.islice(itertools.cycle(different), options.pairs))
@@ -55,6 +66,84 @@ def read_pairs(folder: Path) -> list[tuple[str, str]]:
     if not pairs:
         raise SystemExit(f"no case_*.txt with 心理咨询师： lines under {folder}")
     return pairs
+
+
+def through_ray(pairs: list[tuple[str, str]], count: int, folder: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    import ray
+
+    from milm_ray.evaluation.score import score_predictions
+    from milm_ray.schema import PREDICTIONS, ROUNDS
+
+    rounds = [
+        {"dialogue_id": f"d{n // 10}", "round_index": n % 10, "topic": "", "output": ref}
+        for n, (ref, _) in enumerate(pairs)
+    ]
+    (folder / "in").mkdir()
+    passes = -(-count // len(pairs))
+    for seed in range(passes):
+        rows = [
+            {
+                "dialogue_id": row["dialogue_id"],
+                "round_index": row["round_index"],
+                "model": "m",
+                "variant": "base",
+                "sampling": f"seed-{seed}",
+                "text": pairs[(n + seed) % len(pairs)][1],
+                "finish_reason": "stop",
+            }
+            for n, row in enumerate(rounds[: count - seed * len(pairs)])
+        ]
+        pq.write_table(
+            pa.Table.from_pylist(rows, PREDICTIONS), folder / "in" / f"{seed:05d}.parquet"
+        )
+    ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="WARNING")
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    memory = Memory()
+    start = time.perf_counter()
+    predictions = ray.data.read_parquet(str(folder / "in"))
+    scored = score_predictions(predictions, pa.Table.from_pylist(rounds, ROUNDS))
+    scored.write_parquet(str(folder / "out"))
+    wall = time.perf_counter() - start
+    memory.stop()
+    done = sum(pq.ParquetFile(p).metadata.num_rows for p in (folder / "out").glob("*.parquet"))
+    print(f"{done:,} pairs in {wall:.1f} s, {done / wall:,.0f} a second, 2 cores")
+    quarters = [memory.peak(part / 4, (part + 1) / 4) for part in range(4)]
+    shown = ", ".join(f"{mib:,.0f}" for mib in quarters)
+    print(f"peak memory of all processes in each quarter of the run, MiB: {shown}")
+    ray.shutdown()
+
+
+class Memory:
+    """Resident memory, shared pages once, of this process and all below it, twice a second."""
+
+    def __init__(self) -> None:
+        self.samples: list[float] = []
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def _watch(self) -> None:
+        import psutil
+
+        while not self._ended.wait(0.5):
+            total = 0
+            for process in [me := psutil.Process(), *me.children(recursive=True)]:
+                try:
+                    total += process.memory_full_info().pss
+                except psutil.Error:
+                    continue
+            self.samples.append(total / 2**20)
+
+    def stop(self) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def peak(self, start: float, end: float) -> float:
+        """MiB, the most between two fractions of the run."""
+        count = len(self.samples)
+        return max(self.samples[int(start * count) : int(end * count)], default=0.0)
 
 
 def timed(name, score, refs, hyps):

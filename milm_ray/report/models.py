@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from milm_ray.config import Config
-from milm_ray.report import paper
+from milm_ray.report import breakdowns, paper
 from milm_ray.report.blocks import (
     Column,
     Estimate,
@@ -183,7 +183,14 @@ def results(config: Config, ws: Workspace, found: Manifests) -> Section:
         "results",
         "Base against MI-LLM",
         "How like the reference reply is what each model writes, before and after fine-tuning.",
-        [*figure, *tables, *remarks("results")],
+        [
+            *figure,
+            *tables,
+            *breakdowns.tables(
+                summary, name_order(config), lambda model: model_label(config, model)
+            ),
+            *remarks("results"),
+        ],
         source_list(found, "metrics", "predictions", "test_rounds"),
     )
 

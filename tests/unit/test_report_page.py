@@ -9,10 +9,13 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+import miti_sample
 import pytest
 import report_sample
 
 from milm_ray.config import Config, load_config
+from milm_ray.miti import codings, study, study_packet
+from milm_ray.miti.paper_study import NOTES
 from milm_ray.report import paper
 from milm_ray.report.blocks import Column, Estimate, Table
 from milm_ray.report.stage import STAGE
@@ -108,6 +111,40 @@ def test_what_is_absent_is_said_absent(built: tuple[Config, Workspace, str]) -> 
     text = re.sub(r"\s+", " ", _Page(built[2]).text)
     assert "selection/ is not in this workspace. jobs/curate.py makes it." in text
     assert "Figure 2" not in text
+
+
+def test_scores_are_broken_down_by_round_and_topic(built: tuple[Config, Workspace, str]) -> None:
+    _, ws, _ = built
+    for name, head in (("scores_by_round", "Round"), ("scores_by_topic", "Topic")):
+        rows = list(csv.DictReader(io.StringIO(ws.read_text("report", f"{name}.csv"))))
+        of_glm4 = [row for row in rows if row["Model"] == "glm4"]
+        assert len(of_glm4) == len({row[head] for row in of_glm4})
+        assert sum(int(row["Rounds"]) for row in of_glm4) == 8
+        assert all(float(row["BLEU-4, MI-LLM"]) > float(row["BLEU-4, Base"]) for row in of_glm4)
+    varied = list(csv.DictReader(io.StringIO(ws.read_text("report", "diversity.csv"))))
+    assert {row["Variant"] for row in varied} == {"Base", "MI-LLM"}
+
+
+def test_the_study_is_shown_with_who_coded_and_how_to_read_it(tmp_path: Path) -> None:
+    config = miti_sample.config_of(tmp_path)
+    ws, _ = miti_sample.with_sessions(config)
+    for stage in (study_packet.STAGE, codings.STAGE, study.STAGE):
+        stage.run(config, ws)
+    for model in config.models:
+        ws.clear(f"adapters/{model}")
+    STAGE.run(config, ws)
+    html = ws.read_text("report", "index.html")
+    text = re.sub(r"\s+", " ", _Page(html).text)
+    assert "For clinicians. MITI counts" in text
+    assert "none yet: no sheet has come back" in text
+    assert "AUTOMATIC codes, by trained-zh" in text
+    assert "3.27 (real clients)" in text
+    assert 'id="miti_table6_people"' not in html
+    for finding, _ in NOTES:
+        assert finding in text
+    for artifact in ("sessions/simulated", "packet", "codings", "study"):
+        assert f"sha256 {ws.manifest(artifact)['digest']}" in html
+    assert ws.exists("report", "miti_table6_trained_zh.csv")
 
 
 def test_an_empty_workspace_gives_a_page_without_results(tmp_path: Path) -> None:
