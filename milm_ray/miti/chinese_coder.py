@@ -1,7 +1,7 @@
 """A small trained coder for Chinese counselors: one MITI code, or none, for every utterance.
 
-It learns from 598 utterances of the shipped sample dialogues, coded once for this project by people
-who are not trained MITI coders, and trains in a second on a CPU. It gives nine of the ten codes
+It learns from 598 utterances of the shipped sample dialogues, each coded once for this project and
+not by trained MITI coders, and trains in a second on a CPU. It gives nine of the ten codes
 (persuading with permission occurs once in its material) and no global scores. Its codes are
 automatic: they show that a study runs and roughly what a model does, and they are never pooled with
 people's.

@@ -122,7 +122,7 @@ def _validation(trained: Mapping[str, Any]) -> Table:
         [
             f"{trained['utterances']} utterances of {trained['dialogues']} dialogues, cross-"
             f"validated by dialogue: macro F1 {trained['macro_f1']:.2f}, kappa "
-            f"{trained['kappa']:.2f}. Its labels are one untrained person's; a code with a low F1 "
-            "is hardly more than a guess."
+            f"{trained['kappa']:.2f}. Its labels were given once, not by trained MITI coders; a "
+            "code with a low F1 is hardly more than a guess."
         ],
     )

@@ -10,6 +10,8 @@ from miti_sample import config_of, with_sessions
 
 from milm_ray.errors import UserError
 from milm_ray.llm.exchange import Unusable
+from milm_ray.llm.replies import Reply, request_key
+from milm_ray.llm.reply_store import ReplyStore
 from milm_ray.miti import codings, study, study_packet
 from milm_ray.miti.coding_scheme import GLOBAL_NAMES
 from milm_ray.miti.llm_coder import Coder
@@ -190,6 +192,29 @@ def test_an_llm_coder_is_parsed_strictly(sample):
     assert refused(lambda a: a["global_scores"].update(empathy=6)) == "off_schema"
     assert refused(lambda a: a["global_scores"].pop("empathy")) == "off_schema"
     assert refused(lambda a: a.update(target_behavior=" ")) == "off_schema"
+
+
+def test_an_llms_codings_come_from_the_store_and_an_unusable_one_is_uncoded(tmp_path):
+    config = config_of(tmp_path, "miti.automatic=[llm]", "coder.offline=true", "coder.model=m")
+    ws, _ = with_sessions(config)
+    study_packet.run(config, ws)
+    coder = Coder({item.item_id: item for item in study_packet.load_items(ws)}, "llm m")
+    replies = []
+    for number in range(1, 7):
+        request = coder.request({"item": f"item-{number:02d}"})
+        text = "好的，编码如下：" if number == 3 else right_answer(request.messages)
+        replies.append(Reply(request_key(config.coder, request), text, subject=request.subject))
+    ReplyStore(ws).put(replies)
+    manifest = codings.run(config, ws)
+    assert manifest["counts"]["by_coder"] == {"llm m (automatic)": 6}
+    assert manifest["counts"]["uncoded_by_reason"] == {"not_json": 1}
+    study.run(config, ws)
+    tables = tables_of(ws)
+    assert tables["table6_llm_m"]["automatic"]
+    empathy = next(row for row in tables["table6_llm_m"]["rows"] if row[1] == "Empathy")
+    assert sorted(cell[-3:] for cell in empathy[2:4]) == ["n 2", "n 3"]  # the uncoded one is out
+    shown = json.loads(ws.read_text("study", "study.json"))["uncoded"]
+    assert [(row["item_id"], row["coder"]) for row in shown] == [("item-03", "llm m")]
 
 
 CELLS = """table,group,variable,mean,q1,q3,n
