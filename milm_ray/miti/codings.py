@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 
 from milm_ray.config import Config
-from milm_ray.job import Plan, Stage, finished
+from milm_ray.job import Plan, Stage, finished, log
 from milm_ray.llm.ask import Asking
 from milm_ray.llm.reply_store import answered_by
 from milm_ray.miti import annomi, chinese_coder, study_packet, trained_coder
@@ -105,7 +105,15 @@ def run(config: Config, workspace: Workspace) -> Mapping[str, Any]:
     languages = {i: entry["language"] for i, entry in study_packet.load_key(workspace).items()}
     people = import_people(config, workspace, packet)
     rows = [_row(packet, coded, _source(coded.coder)) for coded in people]
-    facts: dict[str, Any] = {}
+    done = {coded.coder: sum(c.coder == coded.coder for c in people) for coded in people}
+    missing = {
+        coder: len(packet.items) - done.get(coder, 0)
+        for coder in config.miti.coders
+        if done.get(coder, 0) < len(packet.items)
+    }
+    for coder, number in missing.items():
+        log.info("code | %s has %d of %d dialogues still to code", coder, number, len(packet.items))
+    facts: dict[str, Any] = {"still_to_code": missing}
     if "trained" in config.miti.automatic:
         rows += _trained(packet, languages)
         facts["trained"] = chinese_coder.VALIDATED

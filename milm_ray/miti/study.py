@@ -65,7 +65,7 @@ def run(config: Config, workspace: Workspace) -> Mapping[str, Any]:
     drawn = {"resamples": config.miti.resamples, "seed": config.seed}
     for instrument, codings in instruments(coded).items():
         groups = study_tables.by_group(codings)
-        tables += study_tables.coded_tables(instrument, groups)
+        tables += study_tables.coded_tables(instrument, groups, cells)
         long += study_tables.long_rows(instrument, groups)
         tables += study_tables.comparisons(instrument, groups, **drawn)
     people = [row for row in coded if row["source"] == "human"]

@@ -144,12 +144,25 @@ def table4(items: Sequence[Item], key: Key, cells: Sequence[Cell]) -> StudyTable
 
 
 def _paper_row(cells: Sequence[Cell], group: str) -> str | None:
-    name = "real" if group.startswith("Real") else group.removeprefix("MI-LLM ").split(",")[0]
-    known = {c.variable: c.mean for c in cells if c.table == "4" and c.group == name}
+    wanted = paper_group(group)
+    known = {c.variable: c.mean for c in cells if c.table == "4" and c.group == wanted}
     if not known:
         return None
     parts = (known.get(name) for name in ("rounds", "client_length", "counselor_length"))
     return " / ".join("–" if part is None else f"{part:g}" for part in parts)
+
+
+def paper_group(group: str) -> str:
+    """The paper's name of a group: "real", or an MI-LLM's model; "" for what it does not have."""
+    if group.startswith("Real"):
+        return "real"
+    tuned = group.startswith("MI-LLM ")
+    return group.removeprefix("MI-LLM ").split(",")[0] if tuned else ""
+
+
+def _paper_cell(cell: Cell) -> str:
+    quartiles = "" if cell.q1 is None or cell.q3 is None else f" ({cell.q1:g}–{cell.q3:g})"
+    return f"{cell.mean:g}{quartiles}" + ("" if cell.n is None else f" n {cell.n}")
 
 
 def table5(key: Key) -> StudyTable:
@@ -173,12 +186,17 @@ def table5(key: Key) -> StudyTable:
     )
 
 
-def coded_tables(instrument: str, groups: Groups) -> list[StudyTable]:
-    """Table 6 of one instrument: counts, global and summary scores; rates; ratios two ways."""
+def coded_tables(instrument: str, groups: Groups, cells: Sequence[Cell]) -> list[StudyTable]:
+    """Table 6 of one instrument: counts, global and summary scores; rates; ratios two ways.
+
+    cells: the paper's, where they are known; its groups get columns of their own.
+    """
     summaries = [summarise_group(codings) for codings in groups.values()]
     words, tail = instrument_words(instrument), slug(instrument)
     automatic = instrument.startswith("automatic")
     names = [summary.group for summary in summaries]
+    paper = {(c.group, c.variable): _paper_cell(c) for c in cells if c.table == "6"}
+    in_paper = [g for g in dict.fromkeys(map(paper_group, names)) if any(k[0] == g for k in paper)]
     rows = []
     for kind, variables in (
         ("count", [code.name for code in CODES]),
@@ -186,9 +204,10 @@ def coded_tables(instrument: str, groups: Groups) -> list[StudyTable]:
         ("summary score", list(MEASURES)),
     ):
         for name in variables:
-            cells = [_cell(_spread(summary, kind, name)) for summary in summaries]
-            if any(cells):
-                rows.append([kind, LABELS[name], *cells, _threshold(name)])
+            ours = [_cell(_spread(summary, kind, name)) for summary in summaries]
+            if any(ours):
+                theirs = [paper.get((group, name)) for group in in_paper]
+                rows.append([kind, LABELS[name], *ours, *theirs, _threshold(name)])
     table6 = StudyTable(
         f"table6_{tail}",
         f"Table 6. Behaviour counts and scores, mean (IQR) n; {words}",
@@ -196,6 +215,7 @@ def coded_tables(instrument: str, groups: Groups) -> list[StudyTable]:
             ("Kind", None),
             ("Variable", None),
             *((name, None) for name in names),
+            *((f"Paper, {group}", None) for group in in_paper),
             ("Fair / Good", None),
         ],
         rows,

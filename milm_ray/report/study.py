@@ -35,6 +35,8 @@ def section(ws: Workspace, found: Manifests) -> Section:
     study = json.loads(ws.read_text("study", "study.json"))
     counts = found["study"]["counts"]
     coders = ", ".join(study["people"]) or "none yet: no sheet has come back"
+    waiting = found.get("codings", {}).get("still_to_code", {})
+    missing = ", ".join(f"{coder} ({number})" for coder, number in waiting.items())
     blocks: list[Any] = [Remark(text) for text in _HOW_TO_READ]
     blocks.append(
         Facts(
@@ -43,6 +45,7 @@ def section(ws: Workspace, found: Manifests) -> Section:
                 ("Codings", counts["codings"]),
                 ("Left uncoded", counts["uncoded"]),
                 ("People who coded", coders),
+                ("Dialogues still to code", missing or "none"),
             ]
         )
     )

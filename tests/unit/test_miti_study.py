@@ -111,8 +111,9 @@ def test_automatic_codes_are_marked_and_say_what_they_do_not_cover(sample):
 def test_two_coders_sheets_become_tables_and_agreement(sample):
     config, ws = sample
     filled(ws, "anna", 4)
+    assert codings.run(config, ws)["still_to_code"] == {"ben": 6}
     filled(ws, "ben", 2)
-    codings.run(config, ws)
+    assert codings.run(config, ws)["still_to_code"] == {}
     study.run(config, ws)
     tables = tables_of(ws)
     people = {row[1]: row for row in tables["table6_people"]["rows"]}
@@ -245,6 +246,24 @@ def test_the_papers_means_through_our_summary_code(tmp_path):
     path.write_text(CELLS + "6,m,praise,1,,,\n6,m,gi,many,,,\n", encoding="utf-8")
     with pytest.raises(UserError, match=r"row 11: unknown variable 'praise'; row 12"):
         read_cells(str(path))
+
+
+def test_the_papers_cells_stand_beside_ours(sample, tmp_path):
+    path = tmp_path / "cells.csv"
+    path.write_text(
+        CELLS.replace("6,m,", "6,glm4,") + "4,glm4,rounds,17.4,,,10\n", encoding="utf-8"
+    )
+    _, ws = sample
+    config = config_of(tmp_path, f"miti.paper_cells={path}")
+    codings.run(config, ws)
+    study.run(config, ws)
+    tables = tables_of(ws)
+    table6 = tables["table6_trained_zh"]
+    column = [label for label, _ in table6["columns"]].index("Paper, glm4")
+    affirm = next(row for row in table6["rows"] if row[1] == "Affirm")
+    assert affirm[column] == "3 (2–4) n 10"
+    assert [row[-1] for row in tables["table4"]["rows"]] == ["17.4 / – / –", None]
+    assert "paper_reproduced" in tables
 
 
 def test_nothing_to_code_is_said(tmp_path):
