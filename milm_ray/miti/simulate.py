@@ -24,9 +24,10 @@ import pyarrow as pa
 
 from milm_ray.config import Config
 from milm_ray.errors import ConfigError, UserError
-from milm_ray.job import Plan, Stage, finished
+from milm_ray.job import Plan, Stage, finished, log
 from milm_ray.llm.client import BudgetReached, LLMClient, Rejected
 from milm_ray.llm.exchange import Usage
+from milm_ray.llm.prices import cost_of, price_of
 from milm_ray.llm.replies import Reply
 from milm_ray.llm.reply_store import ReplyStore, answered_by
 from milm_ray.miti import llm_simulator
@@ -117,8 +118,9 @@ def plan(config: Config, workspace: Workspace) -> Plan:
     known = all(workspace.exists(name, "manifest.json") for name in _adapters(config))
     if known and workspace.is_done(ARTIFACT, _fingerprint(config, workspace)):
         return Plan(done=True)
-    prompt, completion = _CALL_TOKENS
-    return Plan(sessions, calls, calls * prompt, calls * completion, None, resources, notes=notes)
+    prompt, completion = (calls * tokens for tokens in _CALL_TOKENS)
+    cost = cost_of(price_of(config.client), prompt, completion)
+    return Plan(sessions, calls, prompt, completion, cost, resources, notes=notes)
 
 
 def run(config: Config, workspace: Workspace, counselors: Counselors) -> Mapping[str, Any]:
@@ -144,17 +146,23 @@ async def hold(
     llm = LLMClient(config.client, store)
     places = asyncio.Semaphore(config.simulate.concurrency)
     planned = assignments(config.simulate.sessions, config.seed)
+    total, done = len(planned) * len(answering), 0
 
     async def one(arm: Arm, assignment: Assignment) -> Outcome:
+        nonlocal done
         client: Client
         if config.simulate.simulator == "llm":
             client = llm_simulator.LLMSimulator(assignment, llm, usage)
         else:
             client = ScriptedClient(assignment)
         async with places:
-            return await hold_session(
+            outcome = await hold_session(
                 arm, assignment, client, answering[arm], config.simulate.max_rounds
             )
+        done += 1
+        if done % max(1, total // 10) == 0:
+            log.info("simulate | %d of %d sessions held", done, total)
+        return outcome
 
     try:
         return list(await asyncio.gather(*(one(arm, a) for arm in answering for a in planned)))

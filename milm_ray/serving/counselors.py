@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Literal
 
 from milm_ray.config import Config
-from milm_ray.job import log
+from milm_ray.job import connect, log
 from milm_ray.llm.client import LLMClient
 from milm_ray.llm.replies import Reply, Request, Subject
 from milm_ray.llm.reply_store import ReplyStore
@@ -63,8 +63,6 @@ def counselors(
     config: Config, workspace: Workspace, arms: Sequence[Arm]
 ) -> Iterator[Mapping[Arm, Counselor]]:
     """The counselors of the arms asked for, on endpoints that run as long as the block."""
-    from milm_ray.job import connect
-
     connect(config)
     bases = prepared_bases(config, workspace)
     runs = {(r.model, r.variant): r for r in batch.runs(config, workspace, bases) if r.seed is None}
