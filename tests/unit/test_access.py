@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from milm_ray.errors import UserError
 from milm_ray.serving import keys
 from milm_ray.serving.access import COOKIE, Bucket, Gate
-from milm_ray.serving.ingress import Ingress
+from milm_ray.serving.ingress import ChatBody, CompletionBody, Ingress
 from milm_ray.serving.models import IngressArgs
 
 
@@ -42,6 +42,12 @@ def asked(app, *requests: tuple[str, str, dict], client: str = "127.0.0.1") -> l
             return [await http.request(method, path, **more) for method, path, more in requests]
 
     return asyncio.run(ask())
+
+
+INGRESS = Ingress(IngressArgs().model_dump(), None, {}).__serve_build_asgi_app__()
+FIELDS = st.sampled_from(
+    [*ChatBody.model_fields, *CompletionBody.model_fields, "role", "content", "include_usage", "x"]
+)
 
 
 def bearer(key: str) -> dict:
@@ -265,3 +271,23 @@ def test_the_model_endpoints_stand_behind_the_gate(file: Path) -> None:
     )
     assert [r.status_code for r in answers] == [200, 401, 401, 200, 404, 413, 413]
     assert answers[3].json() == {"object": "list", "data": []}
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(FIELDS, inner, max_size=5),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    path=st.sampled_from(["/v1/chat/completions", "/v1/completions"]),
+    body=st.binary(max_size=60) | st.dictionaries(FIELDS, JSON, max_size=8).map(json.dumps),
+)
+def test_no_body_at_all_breaks_the_model_endpoints(path: str, body: bytes | str) -> None:
+    """With no model behind them, whatever is well-formed asks for a model that is not there."""
+    content = body if isinstance(body, bytes) else body.encode()
+    (answer,) = asked(INGRESS, ("POST", path, {"content": content}))
+    assert 400 <= answer.status_code < 500
+    assert answer.json()["error"]["message"]

@@ -81,15 +81,17 @@ def test_the_test_set_is_large_complete_and_its_parts_are_apart():
 
 
 # The goal for unseen words is a recall of 0.98 and false alarms of at most 0.05. It is far off: of
-# the 100 high-risk items of the held-out part, written last and never tuned on, 62 are found, and
-# 8 of its 84 benign ones are taken for a risk. The floors stand a little below that; the README
-# states the figures. A change that lowers a floor has to be argued for here.
-@pytest.mark.parametrize(("split", "floor"), [("tune", 0.98), ("held_out", 0.60)])
+# the 105 high-risk items of the held-out part, written last and never tuned on, 73 are found (3 of
+# the 16 indirect ones), and 4 of its 73 benign ones are taken for a risk. A part that was tuned on
+# shows 0.98 and more, which says nothing about new words: two earlier held-out parts showed 92 of
+# 114 and 62 of 100 before they were tuned on. The floors stand a little below the figures. A change
+# that lowers a floor has to be argued for here.
+@pytest.mark.parametrize(("split", "floor"), [("tune", 0.98), ("held_out", 0.67)])
 def test_recall_on_high_risk(split, floor, record_property):
     assert rate(split, "high", record_property) >= floor
 
 
-@pytest.mark.parametrize(("split", "ceiling"), [("tune", 0.05), ("held_out", 0.10)])
+@pytest.mark.parametrize(("split", "ceiling"), [("tune", 0.05), ("held_out", 0.07)])
 def test_false_alarms_on_benign(split, ceiling, record_property):
     assert 1 - rate(split, "none", record_property) <= ceiling
 
