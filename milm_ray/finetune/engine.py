@@ -16,6 +16,7 @@ import torch
 from torch import distributed
 
 from milm_ray.config import FinetuneSection
+from milm_ray.finetune import lora
 from milm_ray.finetune.attention import use_packed_attention
 from milm_ray.finetune.packing import Pack
 from milm_ray.finetune.step import PackedLoss, pack_loss
@@ -94,6 +95,8 @@ def with_lora(
     # Beside weights that are divided already, ZeRO 3 takes adapter weights of no other dtype; the
     # optimizer keeps them in fp32 all the same.
     tuned = get_peft_model(model, config, autocast_adapter_dtype=settings.zero_stage != 3)
+    if settings.zero_stage != 3 and not settings.lora.dropout:
+        lora.fuse(tuned)
     tuned.train()
     return tuned
 

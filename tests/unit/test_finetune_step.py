@@ -7,6 +7,7 @@ import random
 import pytest
 import torch
 
+from milm_ray.finetune import lora
 from milm_ray.finetune.attention import use_packed_attention
 from milm_ray.finetune.packing import bins, collate
 from milm_ray.finetune.samples import Sample
@@ -43,6 +44,7 @@ def glm():
             num_attention_heads=4,
             num_key_value_heads=2,
             head_dim=8,
+            attention_bias=True,
             pad_token_id=0,
         )
     )
@@ -85,7 +87,8 @@ def gradients(model):
     ],
 )
 @pytest.mark.parametrize("capacity", [10**6, 100])
-def test_packed_gradients_equal_batch_1_accumulation_8(build, targets, capacity):
+@pytest.mark.parametrize("fused", [True, False])
+def test_packed_gradients_equal_batch_1_accumulation_8(build, targets, capacity, fused):
     torch.manual_seed(0)
     model = with_lora(build(), targets)
     data = samples()
@@ -104,6 +107,7 @@ def test_packed_gradients_equal_batch_1_accumulation_8(build, targets, capacity)
     expected = gradients(model)
 
     use_packed_attention(model)
+    assert not fused or lora.fuse(model) == 2 * len(targets)
     module = PackedLoss(model)
     packed = 0.0
     for group in bins([len(sample.input_ids) for sample in data], capacity):
