@@ -1,0 +1,391 @@
+"""Fine-tuning speed beside LLaMA-Factory's and TRL's: the same model, data, settings and steps.
+
+    python benchmarks/finetune.py --corpus DIR [--llamafactory PYTHON] [--rounds 3]
+
+DIR holds CPsyCounD's case_N.txt. PYTHON is the interpreter of a virtual environment with
+llamafactory 0.9.5 (docs/finetuning.md says how to make one on a machine without a GPU); without it
+only TRL is the peer. A randomly initialised Llama of 6 M weights is tuned for one epoch on the
+first 240 dialogues that fit into 1,024 tokens: LoRA of rank 8 on every linear layer, batch 1 x
+accumulation 8, fp32, gradient checkpointing off. All sides start from one adapter and see the
+dialogues in one order; they take turns (A B C A B C), and each one's median counts. Times are of
+the training loop alone, without imports and tokenising. The floor is the floating point operations
+that the step cannot do without, over the matmul rate measured in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+DIALOGUES, CUTOFF, SEED = 240, 1024, 7
+RATE, ACCUMULATION, RANK, ALPHA, WARMUP = 1e-4, 8, 8, 16, 0.1
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+TOKENIZER = Path(__file__).parent.parent / "milm_ray" / "samples" / "models" / "tiny-llama3"
+# One label token costs a peer what it costs us; losses are printed by them to four digits.
+LOSS_NOISE = 2e-3
+
+
+def prepare(work: Path, corpus: Path, pack_tokens: int, threads: int) -> dict[str, Any]:
+    """Write base, first adapter and data into `work`; returns what is known of them."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from milm_ray.corpora.cpsycound import READER
+    from milm_ray.finetune.engine import lora_model
+    from milm_ray.models.checkpoint import prepare_base
+
+    shutil.rmtree(work, ignore_errors=True)
+    source = work / "source"
+    shutil.copytree(TOKENIZER, source)
+    vocabulary = json.loads((source / "config.json").read_text())["vocab_size"]
+    torch.manual_seed(SEED)
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=256,
+        intermediate_size=688,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=2048,
+        dtype="float32",
+    )
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(source)
+    base = prepare_base(source, None, work / "bases", "llama3")
+    first = lora_model(base, settings(pack_tokens), TARGETS, SEED, "bench")
+    first.save_pretrained(str(work / "adapter"), save_embedding_layers=False)
+
+    files = sorted(corpus.rglob("case_*.txt"), key=lambda path: int(path.stem.split("_")[1]))
+    rows: list[dict[str, Any]] = []
+    for path in files:
+        for dialogue in READER.read(path.name, path.read_bytes()).dialogues:
+            rows.append(dialogue.row())
+    rows, samples = fitting(rows, base)
+    facts = {
+        "base": str(base),
+        "pack_tokens": pack_tokens,
+        "threads": threads,
+        "steps": DIALOGUES // ACCUMULATION,
+        "weights": sum(p.numel() for p in model.parameters()),
+        "tokens": sum(len(s.input_ids) for s in samples),
+        "labels": sum(s.label_tokens for s in samples),
+        "flop": needed_flop(model, RANK, samples),
+    }
+    write_peers_data(work, rows, samples, facts)
+    (work / "rows.json").write_text(json.dumps(rows, ensure_ascii=False))
+    (work / "facts.json").write_text(json.dumps(facts))
+    return facts
+
+
+def settings(pack_tokens: int) -> Any:
+    from milm_ray.config import FinetuneSection
+
+    return FinetuneSection.model_validate(
+        {
+            "learning_rate": RATE,
+            "epochs": 1,
+            "warmup_ratio": WARMUP,
+            "gradient_accumulation": ACCUMULATION,
+            "precision": "fp32",
+            "cutoff": CUTOFF,
+            "pack_tokens": pack_tokens,
+            "logging_steps": 1,
+            "gradient_checkpointing": False,
+            "lora": {"rank": RANK, "alpha": ALPHA},
+            "zero_stage": 0,
+        }
+    )
+
+
+def fitting(rows: list[dict[str, Any]], base: Path) -> tuple[list[dict[str, Any]], list[Any]]:
+    """The first dialogues that need no cutting, and their samples."""
+    from transformers import AutoTokenizer
+
+    from milm_ray.finetune.samples import tokenise
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    whole = tokenise(rows, tokenizer, "llama3", 10**6).samples
+    kept = [i for i, sample in enumerate(whole) if len(sample.input_ids) <= CUTOFF][:DIALOGUES]
+    if len(kept) < DIALOGUES:
+        raise SystemExit(f"{len(kept)} dialogues fit into {CUTOFF} tokens; {DIALOGUES} are needed")
+    return [rows[i] for i in kept], [whole[i] for i in kept]
+
+
+def write_peers_data(work: Path, rows: list[Any], samples: list[Any], facts: Any) -> None:
+    """LLaMA-Factory's dataset and settings, and TRL's token ids, in our order of the dialogues."""
+    from milm_ray.finetune.schedule import Schedule
+    from milm_ray.models.messages import dialogue_messages
+    from milm_ray.schema import turns_of
+
+    course = Schedule(DIALOGUES, ACCUMULATION, 1.0, SEED, RATE, "cosine", WARMUP)
+    order = [index for step in range(course.steps) for index in course.samples_of(step)]
+    names = {"user": "human", "assistant": "gpt"}
+    conversations = [
+        {
+            "conversations": [
+                {"from": names[m["role"]], "value": m["content"]}
+                for m in dialogue_messages(turns_of(rows[i]))
+            ]
+        }
+        for i in order
+    ]
+    data = work / "llamafactory"
+    data.mkdir()
+    (data / "data.json").write_text(json.dumps(conversations, ensure_ascii=False))
+    info = {"bench": {"file_name": "data.json", "formatting": "sharegpt"}}
+    (data / "dataset_info.json").write_text(json.dumps(info))
+    ids = [{"input_ids": samples[i].input_ids, "labels": samples[i].labels} for i in order]
+    (work / "ids.json").write_text(json.dumps(ids))
+    arguments = {
+        "stage": "sft",
+        "do_train": True,
+        "model_name_or_path": facts["base"],
+        "adapter_name_or_path": str(work / "adapter"),
+        "finetuning_type": "lora",
+        "lora_target": "all",
+        "lora_rank": RANK,
+        "lora_alpha": ALPHA,
+        "template": "llama3",
+        "dataset_dir": str(data),
+        "dataset": "bench",
+        "cutoff_len": CUTOFF,
+        "overwrite_cache": True,
+        "output_dir": str(work / "llamafactory-out"),
+        "disable_gradient_checkpointing": True,
+        "disable_shuffling": True,
+        "logging_steps": 1,
+        "logging_first_step": True,
+        "save_strategy": "no",
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": ACCUMULATION,
+        "learning_rate": RATE,
+        "num_train_epochs": 1.0,
+        "lr_scheduler_type": "cosine",
+        "warmup_ratio": WARMUP,
+        "seed": SEED,
+        "bf16": False,
+        "use_cpu": True,
+        "report_to": "none",
+    }
+    (work / "llamafactory.yaml").write_text(json.dumps(arguments))
+
+
+def needed_flop(model: Any, rank: int, samples: list[Any]) -> float:
+    """Floating point operations of one epoch that no implementation can leave out.
+
+    A frozen matrix of n weights: 2n a token forward, 2n for the gradient by its input. A LoRA
+    matrix: 6n. The head only where a label is, and the gradient by its input: 4n. Attention: scores
+    and values over the causal half, forward and twice that backward.
+    """
+    shapes = [
+        parameter.shape
+        for name, parameter in model.named_parameters()
+        if name.split(".")[-2] in TARGETS
+    ]
+    frozen = sum(rows * columns for rows, columns in shapes)
+    lora = rank * sum(rows + columns for rows, columns in shapes)
+    head = model.lm_head.weight.numel()
+    config = model.config
+    width = config.num_hidden_layers * config.hidden_size
+    tokens = sum(len(s.input_ids) for s in samples)
+    labels = sum(s.label_tokens for s in samples)
+    attention = sum(3 * 4 * width * len(s.input_ids) ** 2 / 2 for s in samples)
+    return tokens * (4 * frozen + 6 * lora) + labels * 4 * head + attention
+
+
+def matmul_rate(threads: int) -> float:
+    """Floating point operations a second of a large fp32 product on `threads` threads."""
+    import torch
+
+    torch.set_num_threads(threads)
+    a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
+    best = 0.0
+    for _ in range(12):
+        start = time.perf_counter()
+        torch.mm(a, b)
+        best = max(best, 2 * 1024**3 / (time.perf_counter() - start))
+    return best
+
+
+def ours(work: Path) -> dict[str, Any]:
+    """The training loop that every worker runs, in one process without Ray."""
+    import torch
+    from transformers import AutoTokenizer
+
+    from milm_ray.finetune.engine import single_process
+    from milm_ray.finetune.samples import tokenise
+    from milm_ray.finetune.schedule import Schedule
+    from milm_ray.finetune.train import Task, train
+
+    facts = json.loads((work / "facts.json").read_text())
+    torch.set_num_threads(facts["threads"])
+    rows = json.loads((work / "rows.json").read_text())
+    tuned = settings(facts["pack_tokens"])
+    task = Task("bench", facts["base"], "bench", "llama3", TARGETS, tuned, SEED)
+    single_process()
+    log = train(task, rows, rank=0, workers=1, save=lambda *_: None, say=lambda _: None)["log"]
+    samples = tokenise(rows, AutoTokenizer.from_pretrained(task.base), "llama3", CUTOFF).samples
+    course = Schedule(DIALOGUES, ACCUMULATION, 1.0, SEED, RATE, "cosine", WARMUP)
+    seconds = 0.0
+    for row in log:
+        chosen = course.samples_of(row["step"] - 1)
+        seconds += sum(len(samples[i].input_ids) for i in chosen) / row["tokens_per_s"]
+    return {"seconds": seconds, "losses": [row["loss"] for row in log]}
+
+
+def trl(work: Path) -> dict[str, Any]:
+    """TRL's SFTTrainer on the same ids and labels."""
+    import torch
+    from datasets import Dataset
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import SFTConfig, SFTTrainer
+
+    facts = json.loads((work / "facts.json").read_text())
+    torch.set_num_threads(facts["threads"])
+    base = AutoModelForCausalLM.from_pretrained(facts["base"], dtype=torch.float32)
+    trainer = SFTTrainer(
+        model=PeftModel.from_pretrained(base, work / "adapter", is_trainable=True),
+        args=SFTConfig(
+            output_dir=str(work / "trl-out"),
+            per_device_train_batch_size=1,
+            gradient_accumulation_steps=ACCUMULATION,
+            learning_rate=RATE,
+            num_train_epochs=1,
+            lr_scheduler_type="cosine",
+            warmup_steps=WARMUP,
+            max_length=CUTOFF,
+            train_sampling_strategy="sequential",
+            gradient_checkpointing=False,
+            bf16=False,
+            use_cpu=True,
+            logging_steps=1,
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            seed=SEED,
+        ),
+        train_dataset=Dataset.from_list(json.loads((work / "ids.json").read_text())),
+        processing_class=AutoTokenizer.from_pretrained(facts["base"]),
+    )
+    done = trainer.train()
+    losses = [float(row["loss"]) for row in trainer.state.log_history if "loss" in row]
+    return {"seconds": done.metrics["train_runtime"], "losses": losses}
+
+
+SIDES = {"ours": ours, "trl": trl}
+
+
+def run_side(side: str, work: Path, interpreter: Path | None, threads: int) -> dict[str, Any]:
+    """One epoch in a process of its own: its figures, and its peak memory in MiB."""
+    environment = {
+        **os.environ,
+        **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads)),
+        # A thread that waits for another does not keep a core busy that others may be using.
+        "OMP_WAIT_POLICY": "PASSIVE",
+        **dict.fromkeys(("HF_HUB_OFFLINE", "DISABLE_VERSION_CHECK"), "1"),
+        **{"DS_ACCELERATOR": "cpu", "TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore"},
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
+    command = [sys.executable, __file__, "--side", side, "--work", str(work)]
+    if side == "llamafactory":
+        shutil.rmtree(work / "llamafactory-out", ignore_errors=True)
+        code = "from llamafactory.train.tuner import run_exp; run_exp()"
+        command = [str(interpreter), "-c", code, str(work / "llamafactory.yaml")]
+    log = work / f"{side}.log"
+    with log.open("w") as output:
+        process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
+        _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"{side} failed; see {log}")
+    if side == "llamafactory":
+        state = json.loads((work / "llamafactory-out/trainer_state.json").read_text())
+        history = state["log_history"]
+        found = {
+            "seconds": next(row["train_runtime"] for row in history if "train_runtime" in row),
+            "losses": [float(row["loss"]) for row in history if "loss" in row],
+        }
+    else:
+        found = json.loads((work / f"{side}.json").read_text())
+    return {**found, "peak": usage.ru_maxrss / 1024}
+
+
+def report(found: dict[str, list[dict[str, Any]]], facts: dict[str, Any], rate: float) -> None:
+    ours_s = statistics.median(run["seconds"] for run in found["ours"])
+    losses = found["ours"][0]["losses"]
+    print(f"{'':14}{'dialogues/s':>12}{'tokens/s':>10}{'ours is':>9}{'MiB':>7}{'loss differs':>14}")
+    for side, runs in found.items():
+        seconds = [run["seconds"] for run in runs]
+        middle = statistics.median(seconds)
+        peak = max(run["peak"] for run in runs)
+        pairs = zip(runs, found["ours"], strict=False)
+        ratio = statistics.median(run["seconds"] / own["seconds"] for run, own in pairs)
+        worst = max(abs(a - b) for run in runs for a, b in zip(run["losses"], losses, strict=True))
+        print(
+            f"{side:14}{DIALOGUES / middle:12.2f}{facts['tokens'] / middle:10,.0f}"
+            f"{ratio:8.2f}x{peak:7,.0f}{worst:14.1e}"
+            f"   ({', '.join(f'{s:.1f}' for s in seconds)} s)"
+        )
+        if worst > LOSS_NOISE:
+            print(f"  the losses of {side} are not ours: the comparison is void")
+    print(f"loss, first and last step: {losses[0]:.4f}, {losses[-1]:.4f}")
+    floor = facts["flop"] / rate
+    print(
+        f"floor: {facts['flop'] / 1e9:,.0f} GFLOP at {rate / 1e9:,.0f} GFLOP/s are {floor:.1f} s; "
+        f"ours takes {ours_s / floor:.1f} times that"
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--corpus", type=Path, help="CPsyCounD's folder of case_N.txt")
+    parser.add_argument("--llamafactory", type=Path, help="python of LLaMA-Factory's environment")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--pack-tokens", type=int, default=1024, help="tokens per pass of ours")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--sides", nargs="+", default=["ours", "trl", "llamafactory"])
+    parser.add_argument("--work", type=Path, default=Path("/tmp/milm_ray_bench_finetune"))
+    parser.add_argument("--more", action="store_true", help="add to the rounds of the last call")
+    parser.add_argument("--side", choices=sorted(SIDES), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.side:
+        found = SIDES[options.side](options.work)
+        (options.work / f"{options.side}.json").write_text(json.dumps(found))
+        return 0
+    if options.corpus is None:
+        parser.error("--corpus is needed")
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    kept = options.work / "runs.json"
+    if options.more:
+        facts = json.loads((options.work / "facts.json").read_text())
+        found, rates = json.loads(kept.read_text())
+    else:
+        facts = prepare(options.work, options.corpus, options.pack_tokens, options.threads)
+        found, rates = {}, []
+    print(
+        f"{DIALOGUES} dialogues, {facts['tokens']:,} tokens, {facts['labels']:,} labels, "
+        f"{facts['steps']} optimizer steps, {facts['weights'] / 1e6:.1f} M weights"
+    )
+    sides = [s for s in options.sides if s != "llamafactory" or options.llamafactory]
+    for _ in range(options.rounds):
+        for side in sides:
+            rates.append(matmul_rate(facts["threads"]))
+            run = run_side(side, options.work, options.llamafactory, facts["threads"])
+            found.setdefault(side, []).append(run)
+    kept.write_text(json.dumps([found, rates]))
+    report(found, facts, statistics.median(rates))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
