@@ -16,6 +16,7 @@ from milm_ray.models.chat_format import FORMATS
 from milm_ray.serving import batch
 from milm_ray.serving.endpoints import app_args, prepared_bases
 from milm_ray.serving.predict import MAX_REJECT_RATE, write
+from milm_ray.serving.running import models_in_use
 from milm_ray.workspace import Workspace
 
 ROUNDS = "preference_rounds"
@@ -50,8 +51,6 @@ def plan(config: Config, workspace: Workspace) -> Plan:
 
 def run(config: Config, workspace: Workspace) -> Mapping[str, Any]:
     """Sample the replies through the endpoints; returns the manifest of `candidates/`."""
-    from milm_ray.serving.running import running_models
-
     fingerprint = _fingerprint(config, workspace)
     if finished(workspace, ARTIFACT, fingerprint):
         return workspace.manifest(ARTIFACT)
@@ -59,7 +58,7 @@ def run(config: Config, workspace: Workspace) -> Mapping[str, Any]:
     bases = prepared_bases(config, workspace)
     args = app_args(config, workspace, bases)
     log.info("candidates | starts %d engines; this takes a while", len(args.models))
-    with running_models(args) as base_url:
+    with models_in_use(args) as base_url:
         wanted = batch.sampled_runs(config, workspace, bases, config.preferences.seeds)
         files = workspace.parquet_files(ROUNDS)
         outcomes = batch.predict(config, workspace, wanted, base_url, files)

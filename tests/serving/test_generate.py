@@ -50,6 +50,23 @@ def test_a_long_history_loses_its_oldest_rounds_and_is_counted(served: Served) -
     assert all(0 < row["prompt_tokens"] <= room for row in rows)
 
 
+def test_adapters_reply_to_a_round_once_per_seed(served: Served) -> None:
+    wanted = batch.sampled_runs(served.config, served.workspace, served.bases, [1, 2, 3])
+    served.workspace.write_table(sample_rounds(1, 2), "preference_rounds")
+    files = served.workspace.parquet_files("preference_rounds")
+    outcomes = batch.predict(served.config, served.workspace, wanted, served.url, files)
+    tally = stage.write(served.workspace, outcomes, "candidates", "rejects/candidates")
+    assert tally.counts()["rejected"] == 0
+    rows = pq.read_table(served.workspace.parquet_files("candidates")).to_pylist()
+    assert {(row["model"], row["variant"], row["sampling"]) for row in rows} == {
+        (model, "adapter", f"seed-{seed}") for model in served.bases for seed in (1, 2, 3)
+    }
+    assert len(rows) == 2 * 3 * 2
+    # Sampled with different seeds, replies differ: there is something to rank.
+    for model in served.bases:
+        assert len({row["text"] for row in rows if row["model"] == model}) > 2
+
+
 def predictions(served: Served) -> pa.Table:
     return pq.read_table(served.workspace.parquet_files(stage.ARTIFACT))
 
