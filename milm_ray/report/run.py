@@ -17,7 +17,8 @@ from milm_ray.workspace import MANIFEST, Workspace, digest
 class Artifact:
     """An artifact of the workspace and the count in its manifest that says how much it holds.
 
-    A name that ends in "/" stands for one artifact per model below it. shown: in the flow picture.
+    A name that ends in "/" stands for the artifacts below it (one per model, one per source of
+    sessions). shown: in the flow picture.
     """
 
     name: str
@@ -112,9 +113,12 @@ def flow(found: Mapping[str, Mapping[str, Any]]) -> Flow:
     steps = []
     for artifact in ARTIFACTS:
         count = None
-        if artifact.name.endswith("/"):
-            models = sum(place.startswith(artifact.name) for place in found)
-            count = f"{models} models" if models else None
+        below = [place for place in found if place.startswith(artifact.name)]
+        if artifact.name == "adapters/":
+            count = f"{len(below)} models" if below else None
+        elif artifact.name.endswith("/"):
+            total = sum(rows_of(place, found[place]) or 0 for place in below)
+            count = f"{total:,}" if below else None
         elif artifact.name in found:
             number = rows_of(artifact.name, found[artifact.name])
             count = "done" if number is None else f"{number:,}"
