@@ -88,6 +88,32 @@ def test_texts_of_the_safety_check_are_not_coded(tmp_path):
     assert after.turns[1].content != preset
 
 
+def test_sessions_of_people_are_a_group_of_their_own_and_open_ones_are_left_out(tmp_path):
+    config = config_of(tmp_path)
+    ws, manifest = with_sessions(config)
+    rows = ws.read_table("sessions/simulated").to_pylist()
+    held = [row | {"source": "human", "session_id": f"s{n}"} for n, row in enumerate(rows)]
+    held[0]["ended_at"] = None
+    ws.write_table(pa.Table.from_pylist(held, SESSIONS), "sessions/human")
+    ws.commit(
+        "sessions/human",
+        stage="sessions",
+        settings={},
+        fingerprint={},
+        counts={"sessions": len(held)},
+        started=0.0,
+    )
+    study_packet.run(config, ws)
+    groups = ws.manifest("packet_key")["counts"]["by_group"]
+    assert groups == {
+        "MI-LLM glm4": 2,
+        "MI-LLM glm4, simulated clients": 3,
+        "MI-LLM llama3": 3,
+        "MI-LLM llama3, simulated clients": 3,
+    }
+    assert manifest["counts"]["sessions"] == 6
+
+
 def test_automatic_codes_are_marked_and_say_what_they_do_not_cover(sample):
     config, ws = sample
     manifest = codings.run(config, ws)
