@@ -49,6 +49,10 @@ def section(ws: Workspace, found: Manifests) -> Section:
             ]
         )
     )
+    real = found.get("packet_key", {}).get("annomi_ids", [])
+    if real:
+        ids = ", ".join(sorted((name.removeprefix("annomi-") for name in real), key=int))
+        blocks.append(Facts([("AnnoMI transcripts", ids)], wide=True))
     if _SIMULATED in found:
         blocks += _simulator(found[_SIMULATED])
     blocks += [_table(table) for table in study["tables"]]
