@@ -154,6 +154,17 @@ class TakeoverSection(Section):
     max_attempts: int = Field(8, ge=1, description="with growing pauses, then it is given up")
 
 
+class SecondOpinionSection(Section):
+    """A language model that is asked about risk beside the rules and the classifier.
+
+    It can raise the level, never lower it. Off by default: how much it finds depends on the model
+    and has to be measured by whoever turns it on.
+    """
+
+    model: str | None = Field(None, description="an id at chat.models_url; None: nobody is asked")
+    timeout_s: float = Field(5.0, gt=0, description="then the chat goes on without it")
+
+
 class ChatSection(Section):
     """The live chat. Sampling is the default of LLaMA-Factory's own chat, the paper's tool."""
 
@@ -193,6 +204,7 @@ class ChatSection(Section):
     max_rounds: int = Field(60, ge=1, description="of a session; then it is ended")
     max_sessions_per_person: int = Field(100, ge=1)
     safety: SafetyConfig = SafetyConfig()
+    second_opinion: SecondOpinionSection = SecondOpinionSection()
     takeover: TakeoverSection = TakeoverSection()
 
     @field_validator("database")

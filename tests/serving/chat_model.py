@@ -47,20 +47,31 @@ class Model:
             return web.json_response(
                 {"error": {"message": "busy"}}, status=429, headers={"Retry-After": "1"}
             )
+        if "只输出一行" in body["messages"][0]["content"]:  # asked for a second opinion
+            if "慢" in said:
+                await asyncio.sleep(5)
+            answer = "high suicide" if "暗语" in said else "none none"
+            return await self.stream(request, [answer])
         rounds = sum(message["role"] == "user" for message in body["messages"])
         sentences = [SAID, f"这是第{rounds}轮。", ASKED]
         if "慢" in said:
             sentences = SLOW
         if "药" in said:
             sentences = [SAID, DRUG, ASKED]
+        cut = "断" in said and not again
+        return await self.stream(request, sentences, 10 if "慢" in said else 1, cut)
+
+    async def stream(
+        self, request: web.Request, sentences: list[str], slower: int = 1, cut: bool = False
+    ) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
         for number, sentence in enumerate(sentences):
             # In pieces that are no sentences, as a model's tokens are.
             for piece in (sentence[:2], sentence[2:]):
                 await self.write(response, {"content": piece}, None)
-                await asyncio.sleep(self.pause * (10 if "慢" in said else 1))
-            if "断" in said and not again and number == 1 and request.transport:
+                await asyncio.sleep(self.pause * slower)
+            if cut and number == 1 and request.transport:
                 request.transport.close()
                 return response
         await self.write(response, {}, "stop")

@@ -476,3 +476,18 @@ def test_bounds_are_refusals_that_say_when_to_come_back(folder: Path, model: Mod
         path = f"api/sessions/{other.session}/messages"
         status, refused = other.call("POST", path, {**body, "content": "长" * 11})
         assert (status, refused["error"]["code"]) == (422, "too_long")
+
+
+def test_a_second_opinion_raises_the_level_and_a_late_one_is_not_waited_for(
+    folder: Path, model: ModelServer
+) -> None:
+    opinion = {"model": "llama3", "timeout_s": 1.0}
+    place = str(folder / "opinion.sqlite3")
+    with ChatServer(place, model, second_opinion=opinion) as server:
+        someone = Person(server.url)
+        someone.begin()
+        assert someone.say("今天天气不错")["content"] == USUAL
+        assert someone.say("慢慢说")["content"] == "".join(SLOW)
+        assert someone.say("一句暗语")["kind"] == "preset"
+        assert someone.get()["risk"] == "high"
+        assert someone.say("没事了，谢谢")["kind"] == "preset"

@@ -11,7 +11,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar, cast
 
 from milm_ray.schema import Turn
@@ -169,6 +169,11 @@ class Replies:
         safety = self._settings.safety
         # Cheap for a short message; a long one must not hold up the other chats.
         found = await asyncio.to_thread(assess, history, safety)
+        found = await self._second_opinion(found, turns)
+        if session.risk == "high" and found.level != "high":
+            # A second opinion may not say again what it said before; the level never falls.
+            category = "suicide" if found.category == "none" else found.category
+            found = replace(found, level="high", category=category)
         language: Any = session.language
         if found.level == "high" or (found.level == "medium" and session.risk == "none"):
             await self._intervene(reply, session, "before", found, history)
@@ -190,6 +195,31 @@ class Replies:
         await self._intervene(reply, session, "after", content, history)
         text = replacement_message(language)
         return await self._finish(reply, live, "done", text, "preset", found.level)
+
+    async def _second_opinion(self, found: Assessment, turns: Sequence[Turn]) -> Assessment:
+        """The assessment, raised where a configured language model sees more; never lowered."""
+        settings = self._settings.second_opinion
+        if settings.model is None or found.level == "high":
+            return found
+        try:
+            async with asyncio.timeout(settings.timeout_s):
+                opinion = await self._upstream.opinion(settings.model, turns)
+        except Exception as error:
+            # Whatever is wrong with it, the rules and the classifier have spoken.
+            log.warning("chat | no second opinion: %s", type(error).__name__)
+            return found
+        if opinion is None or opinion[0] in ("none", found.level):
+            return found
+        level, category = opinion
+        return replace(
+            found,
+            level=level,
+            category=category,
+            categories=tuple(dict.fromkeys((category, *found.categories))),
+            evidence=(*found.evidence, "second_opinion"),
+            score=max(found.score, 0.8 if level == "high" else 0.5),
+            turn=len(turns) - 1,
+        )
 
     async def _generate(
         self, reply: Reply, live: Live, session: ChatSession, turns: Sequence[Turn]

@@ -7,6 +7,7 @@ been replaced, and they may as well run elsewhere.
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
@@ -14,11 +15,15 @@ from typing import Any
 import openai
 
 from milm_ray.models.messages import dialogue_messages
+from milm_ray.prompts import load
 from milm_ray.schema import Turn
 from milm_ray.serve_settings import ChatSection
 from milm_ray.serving.errors import CONTEXT_LENGTH
+from milm_ray.serving.safety import CATEGORIES, Category, Level
 
 _LISTED_FOR_S = 10.0
+_OPINION_TURNS = 12
+_WHO = {"client": "来访者", "counselor": "咨询师"}
 
 
 class Transient(Exception):
@@ -71,7 +76,7 @@ class Upstream:
         kept = list(turns)
         while True:
             try:
-                stream = await self._ask(model, kept)
+                stream = await self._ask(model, dialogue_messages(kept))
                 break
             except openai.BadRequestError as error:
                 if error.code != CONTEXT_LENGTH or len(kept) <= 2:
@@ -97,17 +102,34 @@ class Upstream:
         if not finished:
             raise Transient("the stream broke off")
 
-    async def _ask(self, model: str, turns: Sequence[Turn]) -> Any:
+    async def opinion(self, model: str, turns: Sequence[Turn]) -> tuple[Level, Category] | None:
+        """What a language model makes of the risk in a dialogue; None where it makes no sense.
+
+        Raises Transient or Permanent as `reply` does.
+        """
+        said = "\n".join(f"{_WHO[turn.role]}：{turn.content}" for turn in turns[-_OPINION_TURNS:])
+        question = [Turn("client", f"{load('risk.zh.md').text}\n{said}")]
+        stream = await self._ask(model, dialogue_messages(question, ""), max_tokens=16)
+        answer = ""
+        async with stream:
+            async for chunk in stream:
+                answer += "".join(choice.delta.content or "" for choice in chunk.choices)
+        words = re.findall(r"[a-z_]+", answer.lower())
+        level: Any = next((word for word in words if word in ("none", "medium", "high")), None)
+        category: Any = next((word for word in words if word in CATEGORIES), "suicide")
+        return None if level is None else (level, category)
+
+    async def _ask(self, model: str, messages: Any, max_tokens: int | None = None) -> Any:
+        """The stream of a reply; with max_tokens a short and greedy one."""
         settings = self._settings
-        messages: Any = dialogue_messages(turns)
         try:
             return await self._client.chat.completions.create(
                 model=model,
                 messages=messages,
                 stream=True,
-                max_tokens=settings.max_tokens,
-                temperature=settings.temperature,
-                top_p=settings.top_p,
+                max_tokens=max_tokens or settings.max_tokens,
+                temperature=0.0 if max_tokens else settings.temperature,
+                top_p=1.0 if max_tokens else settings.top_p,
             )
         except openai.BadRequestError:
             raise
