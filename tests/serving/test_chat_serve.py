@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import os
 import signal
 import time
@@ -45,7 +46,7 @@ def until(someone: Person, wanted: int, method: str, path: str, body=None):
     for _ in range(300):
         try:
             status, answer = someone.call(method, path, body)
-        except OSError:  # the proxy itself is gone
+        except (OSError, http.client.HTTPException):  # the proxy is gone, or the answer broke off
             status, answer = 503, ""
         if status == wanted:
             return answer
