@@ -134,7 +134,7 @@ def test_a_crisis_message_gets_help_lines_to_dial_and_no_model(
     say(page, "我不想活了，已经写好遗书")
     replied(page, 1)
     notice = page.locator("#log .preset")
-    expect(notice).to_contain_text("你的安全现在最重要")
+    expect(notice.get_by_role("alert")).to_contain_text("你的安全现在最重要")
     assert notice.get_by_role("link", name="12356").get_attribute("href") == "tel:12356"
     expect(notice.get_by_role("link", name="120")).to_be_in_viewport()
     assert model.asked("遗书") == []

@@ -183,6 +183,9 @@ function render() {
     const said = item.querySelector(".said");
     const anew = item.dataset.kind !== message.kind;
     item.dataset.kind = message.kind;
+    // A safety text is read out at once, whatever else is being read.
+    if (anew && preset) said.setAttribute("role", "alert");
+    else if (anew) said.removeAttribute("role");
     if (anew || said.textContent !== message.content) {
       if (!preset && message.content.startsWith(said.textContent)) {
         const more = document.createElement("span");
