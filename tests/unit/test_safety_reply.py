@@ -64,6 +64,12 @@ def test_a_configured_number_may_be_named():
     assert check_reply("请拨打热线400-161-9995。", SafetyConfig(help_lines=[*lines, own])) == []
 
 
+def test_what_follows_does_not_excuse_encouragement_of_harm():
+    assert check_reply("you should kill yourself你提到想为了孩子把烟戒掉，这对你很重要。")
+    assert check_reply("你可以结束自己的生命你说呢")
+    assert not check_reply("你不可以自杀，请先联系身边的人。")
+
+
 def stream(guard: SentenceGuard, pieces: list[str]) -> list[str]:
     return [*(guard.feed(piece) for piece in pieces), guard.finish()]
 

@@ -50,6 +50,7 @@ class _ReplyRule:
     kind: Kind
     patterns: tuple[re.Pattern[str], ...]
     unless: re.Pattern[str] | None
+    unless_before: re.Pattern[str] | None
 
 
 @lru_cache(maxsize=1)
@@ -61,10 +62,15 @@ def _rules() -> tuple[_ReplyRule, ...]:
         _ReplyRule(
             kind=entry["kind"],
             patterns=tuple(compile_pattern(p, lexicon) for p in entry["match"]),
-            unless=compile_pattern(entry["unless"], lexicon) if "unless" in entry else None,
+            unless=_excuse(entry, "unless", lexicon),
+            unless_before=_excuse(entry, "unless_before", lexicon),
         )
         for entry in data["rules"]
     )
+
+
+def _excuse(entry: dict[str, Any], name: str, lexicon: dict[str, str]) -> re.Pattern[str] | None:
+    return compile_pattern(entry[name], lexicon) if name in entry else None
 
 
 def check_reply(text: str, config: SafetyConfig | None = None) -> list[Violation]:
@@ -90,6 +96,8 @@ def check_reply(text: str, config: SafetyConfig | None = None) -> list[Violation
 
 def _stands(rule: _ReplyRule, match: re.Match[str], text: str) -> bool:
     start, end = clause_span(text, match.start(), match.end())
+    if rule.unless_before and rule.unless_before.search(text[start : match.end()]):
+        return False
     return not (rule.unless and rule.unless.search(text[start:end]))
 
 
