@@ -130,6 +130,7 @@ def _validation(trained: Mapping[str, Any]) -> Table:
             f"{trained['utterances']} utterances of {trained['dialogues']} dialogues, cross-"
             f"validated by dialogue: macro F1 {trained['macro_f1']:.2f}, kappa "
             f"{trained['kappa']:.2f}. Its labels were given once, not by trained MITI coders; a "
-            "code with a low F1 is hardly more than a guess."
+            "code with a low F1 is hardly more than a guess. It goes by wording and does not "
+            "notice nonsense: a model that strings MI phrases together is given MI codes.",
         ],
     )
