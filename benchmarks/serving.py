@@ -57,8 +57,6 @@ def client(url: str) -> Any:
 async def batch(url: str, rows: list[dict[str, Any]]) -> None:
     from milm_ray.models.messages import round_messages
 
-    http = client(url)
-
     async def ask(model: str, row: dict[str, Any]) -> tuple[int, int]:
         reply = await http.chat.completions.create(
             model=model,
@@ -71,9 +69,11 @@ async def batch(url: str, rows: list[dict[str, Any]]) -> None:
         return reply.usage.prompt_tokens, (details.cached_tokens or 0) if details else 0
 
     for model in ("llama3", "llama3:mi"):
-        await ask(model, rows[0])
-        started = time.perf_counter()
-        counts = await pooled([lambda row=row: ask(model, row) for row in rows], 192)  # noqa: B023
+        async with client(url) as http:
+            await ask(model, rows[0])
+            started = time.perf_counter()
+            jobs = [lambda row=row: ask(model, row) for row in rows]  # noqa: B023
+            counts = await pooled(jobs, 192)
         seconds = time.perf_counter() - started
         cached = sum(c for _, c in counts) / sum(p for p, _ in counts)
         print(
@@ -84,7 +84,6 @@ async def batch(url: str, rows: list[dict[str, Any]]) -> None:
 
 async def http_speed(url: str) -> float:
     """Output tokens a second at IN_FLIGHT requests through the endpoints."""
-    http = client(url)
 
     async def ask(number: int) -> None:
         await http.chat.completions.create(
@@ -95,15 +94,14 @@ async def http_speed(url: str) -> float:
             extra_body={"ignore_eos": True},
         )
 
-    started = time.perf_counter()
-    await pooled([lambda n=n: ask(n) for n in range(QUESTIONS)], IN_FLIGHT)
+    async with client(url) as http:
+        started = time.perf_counter()
+        await pooled([lambda n=n: ask(n) for n in range(QUESTIONS)], IN_FLIGHT)
     return QUESTIONS * NEW_TOKENS / (time.perf_counter() - started)
 
 
 async def first_tokens(url: str, chat_url: str) -> None:
     import httpx
-
-    http = client(url)
 
     async def token(number: int) -> float:
         started = time.perf_counter()
@@ -136,7 +134,9 @@ async def first_tokens(url: str, chat_url: str) -> None:
             return first
 
     for name, job in (("token at the endpoints", token), ("text in the chat", sentence)):
-        times = await pooled([lambda n=n: job(n) for n in range(QUESTIONS)], IN_FLIGHT)  # noqa: B023
+        async with client(url) as http:
+            jobs = [lambda n=n: job(n) for n in range(QUESTIONS)]  # noqa: B023
+            times = await pooled(jobs, IN_FLIGHT)
         cuts = statistics.quantiles(times, n=20)
         print(f"first {name}: p50 {cuts[9]:.3f} s, p95 {cuts[18]:.3f} s", flush=True)
 

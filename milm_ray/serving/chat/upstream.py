@@ -93,8 +93,8 @@ class Upstream:
         except (openai.OpenAIError, OSError) as error:
             raise Transient(type(error).__name__) from None
         except Exception as error:
-            # httpx's own errors come through where a stream breaks off.
-            if type(error).__module__.partition(".")[0] in ("httpx", "httpcore", "json"):
+            # The HTTP library's own errors come through where a stream breaks off.
+            if type(error).__module__.startswith(("httpx", "httpcore", "json")):
                 raise Transient(type(error).__name__) from None
             raise
         finally:
