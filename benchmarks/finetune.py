@@ -8,8 +8,9 @@ only TRL is the peer. A randomly initialised Llama of 6 M weights is tuned for o
 first 240 dialogues that fit into 1,024 tokens: LoRA of rank 8 on every linear layer, batch 1 x
 accumulation 8, fp32, gradient checkpointing off. All sides start from one adapter and see the
 dialogues in one order; they take turns (A B C A B C), and each one's median counts. Times are of
-the training loop alone, without imports and tokenising. The floor is the floating point operations
-that the step cannot do without, over the matmul rate measured in the same run.
+the training loop alone, without imports and tokenising; on a machine that does other work too, read
+the ratio by CPU seconds. The floor is the floating point operations that the step cannot do
+without, over the matmul rate measured in the same run.
 """
 
 from __future__ import annotations
@@ -25,11 +26,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+from flop import TARGETS, matmul_rate, needed_flop
+
 DIALOGUES, CUTOFF, SEED = 240, 1024, 7
 RATE, ACCUMULATION, RANK, ALPHA, WARMUP = 1e-4, 8, 8, 16, 0.1
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 TOKENIZER = Path(__file__).parent.parent / "milm_ray" / "samples" / "models" / "tiny-llama3"
-# One label token costs a peer what it costs us; losses are printed by them to four digits.
+# Sums taken in another order differ in their last digits, which training lets grow a little.
 LOSS_NOISE = 2e-3
 
 
@@ -178,51 +180,29 @@ def write_peers_data(work: Path, rows: list[Any], samples: list[Any], facts: Any
     (work / "llamafactory.yaml").write_text(json.dumps(arguments))
 
 
-def needed_flop(model: Any, rank: int, samples: list[Any]) -> float:
-    """Floating point operations of one epoch that no implementation can leave out.
+class Clock:
+    """Wall and CPU seconds from the first call of what it wraps to the end of the last."""
 
-    A frozen matrix of n weights: 2n a token forward, 2n for the gradient by its input. A LoRA
-    matrix: 6n. The head only where a label is, and the gradient by its input: 4n. Attention: scores
-    and values over the causal half, forward and twice that backward.
-    """
-    shapes = [
-        parameter.shape
-        for name, parameter in model.named_parameters()
-        if name.split(".")[-2] in TARGETS
-    ]
-    frozen = sum(rows * columns for rows, columns in shapes)
-    lora = rank * sum(rows + columns for rows, columns in shapes)
-    head = model.lm_head.weight.numel()
-    config = model.config
-    width = config.num_hidden_layers * config.hidden_size
-    tokens = sum(len(s.input_ids) for s in samples)
-    labels = sum(s.label_tokens for s in samples)
-    attention = sum(3 * 4 * width * len(s.input_ids) ** 2 / 2 for s in samples)
-    return tokens * (4 * frozen + 6 * lora) + labels * 4 * head + attention
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+        self._start = self._end = (0.0, 0.0)
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self._end[0]:
+            self._start = time.perf_counter(), time.process_time()
+        result = self._inner(*args, **kwargs)
+        self._end = time.perf_counter(), time.process_time()
+        return result
 
-def matmul_rate(threads: int) -> float:
-    """Floating point operations a second of a large fp32 product on `threads` threads."""
-    import torch
-
-    torch.set_num_threads(threads)
-    a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
-    best = 0.0
-    for _ in range(12):
-        start = time.perf_counter()
-        torch.mm(a, b)
-        best = max(best, 2 * 1024**3 / (time.perf_counter() - start))
-    return best
+    def figures(self) -> dict[str, float]:
+        return {"seconds": self._end[0] - self._start[0], "cpu": self._end[1] - self._start[1]}
 
 
 def ours(work: Path) -> dict[str, Any]:
     """The training loop that every worker runs, in one process without Ray."""
     import torch
-    from transformers import AutoTokenizer
 
-    from milm_ray.finetune.engine import single_process
-    from milm_ray.finetune.samples import tokenise
-    from milm_ray.finetune.schedule import Schedule
+    from milm_ray.finetune import engine
     from milm_ray.finetune.train import Task, train
 
     facts = json.loads((work / "facts.json").read_text())
@@ -230,15 +210,10 @@ def ours(work: Path) -> dict[str, Any]:
     rows = json.loads((work / "rows.json").read_text())
     tuned = settings(facts["pack_tokens"])
     task = Task("bench", facts["base"], "bench", "llama3", TARGETS, tuned, SEED)
-    single_process()
+    engine.single_process()
+    clock = engine.optimizer_step = Clock(engine.optimizer_step)  # type: ignore[assignment]
     log = train(task, rows, rank=0, workers=1, save=lambda *_: None, say=lambda _: None)["log"]
-    samples = tokenise(rows, AutoTokenizer.from_pretrained(task.base), "llama3", CUTOFF).samples
-    course = Schedule(DIALOGUES, ACCUMULATION, 1.0, SEED, RATE, "cosine", WARMUP)
-    seconds = 0.0
-    for row in log:
-        chosen = course.samples_of(row["step"] - 1)
-        seconds += sum(len(samples[i].input_ids) for i in chosen) / row["tokens_per_s"]
-    return {"seconds": seconds, "losses": [row["loss"] for row in log]}
+    return {**clock.figures(), "losses": [row["loss"] for row in log]}
 
 
 def trl(work: Path) -> dict[str, Any]:
@@ -276,12 +251,34 @@ def trl(work: Path) -> dict[str, Any]:
         train_dataset=Dataset.from_list(json.loads((work / "ids.json").read_text())),
         processing_class=AutoTokenizer.from_pretrained(facts["base"]),
     )
-    done = trainer.train()
+    clock = Clock(trainer.train)
+    clock()
     losses = [float(row["loss"]) for row in trainer.state.log_history if "loss" in row]
-    return {"seconds": done.metrics["train_runtime"], "losses": losses}
+    return {**clock.figures(), "losses": losses}
 
 
 SIDES = {"ours": ours, "trl": trl}
+
+# Runs in LLaMA-Factory's environment: its own command, the training loop timed.
+LLAMAFACTORY = """
+import json, sys, time
+from llamafactory.train.tuner import run_exp
+from transformers import Trainer
+
+inner = Trainer.train
+
+def train(self, *args, **kwargs):
+    wall, cpu = time.perf_counter(), time.process_time()
+    result = inner(self, *args, **kwargs)
+    found = {"seconds": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
+    found["losses"] = [float(row["loss"]) for row in self.state.log_history if "loss" in row]
+    with open(OUT, "w") as file:
+        json.dump(found, file)
+    return result
+
+Trainer.train = train
+run_exp()
+"""
 
 
 def run_side(side: str, work: Path, interpreter: Path | None, threads: int) -> dict[str, Any]:
@@ -298,7 +295,7 @@ def run_side(side: str, work: Path, interpreter: Path | None, threads: int) -> d
     command = [sys.executable, __file__, "--side", side, "--work", str(work)]
     if side == "llamafactory":
         shutil.rmtree(work / "llamafactory-out", ignore_errors=True)
-        code = "from llamafactory.train.tuner import run_exp; run_exp()"
+        code = LLAMAFACTORY.replace("OUT", repr(str(work / "llamafactory.json")))
         command = [str(interpreter), "-c", code, str(work / "llamafactory.yaml")]
     log = work / f"{side}.log"
     with log.open("w") as output:
@@ -306,32 +303,31 @@ def run_side(side: str, work: Path, interpreter: Path | None, threads: int) -> d
         _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise SystemExit(f"{side} failed; see {log}")
-    if side == "llamafactory":
-        state = json.loads((work / "llamafactory-out/trainer_state.json").read_text())
-        history = state["log_history"]
-        found = {
-            "seconds": next(row["train_runtime"] for row in history if "train_runtime" in row),
-            "losses": [float(row["loss"]) for row in history if "loss" in row],
-        }
-    else:
-        found = json.loads((work / f"{side}.json").read_text())
+    found = json.loads((work / f"{side}.json").read_text())
     return {**found, "peak": usage.ru_maxrss / 1024}
 
 
 def report(found: dict[str, list[dict[str, Any]]], facts: dict[str, Any], rate: float) -> None:
     ours_s = statistics.median(run["seconds"] for run in found["ours"])
     losses = found["ours"][0]["losses"]
-    print(f"{'':14}{'dialogues/s':>12}{'tokens/s':>10}{'ours is':>9}{'MiB':>7}{'loss differs':>14}")
+    names = ("dialogues/s", "tokens/s", "ours is", "CPU s", "by CPU", "MiB", "loss differs")
+    widths = (12, 10, 9, 8, 9, 8, 14)
+    print(" " * 13 + "".join(f"{name:>{w}}" for name, w in zip(names, widths, strict=True)))
     for side, runs in found.items():
         seconds = [run["seconds"] for run in runs]
         middle = statistics.median(seconds)
         peak = max(run["peak"] for run in runs)
-        pairs = zip(runs, found["ours"], strict=False)
-        ratio = statistics.median(run["seconds"] / own["seconds"] for run, own in pairs)
+        ratio, by_cpu = (
+            statistics.median(
+                run[name] / own[name] for run, own in zip(runs, found["ours"], strict=False)
+            )
+            for name in ("seconds", "cpu")
+        )
         worst = max(abs(a - b) for run in runs for a, b in zip(run["losses"], losses, strict=True))
+        cpu = statistics.median(run["cpu"] for run in runs)
         print(
-            f"{side:14}{DIALOGUES / middle:12.2f}{facts['tokens'] / middle:10,.0f}"
-            f"{ratio:8.2f}x{peak:7,.0f}{worst:14.1e}"
+            f"{side:13}{DIALOGUES / middle:12.2f}{facts['tokens'] / middle:10,.0f}{ratio:8.2f}x"
+            f"{cpu:8.1f}{by_cpu:8.2f}x{peak:8,.0f}{worst:14.1e}"
             f"   ({', '.join(f'{s:.1f}' for s in seconds)} s)"
         )
         if worst > LOSS_NOISE:

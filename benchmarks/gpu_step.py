@@ -21,7 +21,7 @@ import time
 from typing import Any
 
 import torch
-from finetune import TARGETS, needed_flop
+from flop import TARGETS, needed_flop
 
 from milm_ray.config import FinetuneSection
 from milm_ray.finetune.engine import optimizer_step, single_process, start_engine, with_lora

@@ -19,7 +19,8 @@ import sys
 import time
 from typing import Any
 
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+from flop import TARGETS
+
 NAMES = {"labels": "logits at the labels", "full": "full logits"}
 
 
