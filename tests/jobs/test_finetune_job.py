@@ -1,5 +1,5 @@
-"""jobs/finetune.py on tiny models: two models on a cluster too small for both, a killed worker, a
-killed driver; the same command finishes with the losses of an undisturbed run."""
+"""jobs/finetune.py on a tiny model: a killed worker, a killed driver, and the same command finishes
+with the losses of an undisturbed run; then preference tuning goes on from its adapter."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from milm_ray.models.checkpoint import prepare_base
-from milm_ray.schema import MI_DIALOGUES, Dialogue, Turn
+from milm_ray.schema import MI_DIALOGUES, PREFERENCES, Dialogue, Turn
+from milm_ray.serving.adapters import AdapterStore
 from milm_ray.workspace import Workspace
 
 ROOT = Path(__file__).resolve().parents[2]
-pytestmark = [pytest.mark.slow, pytest.mark.soak, pytest.mark.timeout(3600)]
+TINY = ROOT / "milm_ray/samples/models/tiny-llama3"
+pytestmark = pytest.mark.slow
 
 SEED = 11
 SETTINGS = {
     "learning_rate": 3e-3,
-    "epochs": 8,
+    "epochs": 4,
     "precision": "fp32",
     "cutoff": 300,
     "logging_steps": 1,
@@ -55,30 +56,28 @@ def rows():
     return found
 
 
+def commit(workspace, artifact, **counts):
+    workspace.commit(
+        artifact, stage="test", settings={}, fingerprint={}, counts=counts, started=time.time()
+    )
+
+
 def make_workspace(path):
     workspace = Workspace.open(str(path))
     workspace.write_table(pa.Table.from_pylist(rows(), MI_DIALOGUES), "train")
-    workspace.commit(
-        "train",
-        stage="split",
-        settings={},
-        fingerprint=workspace.fingerprint({}),
-        counts={"rows": 11},
-        started=time.time(),
-    )
+    commit(workspace, "train", dialogues=11)
     return workspace
 
 
-def undisturbed(tmp_path, model):
+def undisturbed(tmp_path, base):
     """The log of the same training in one process without Ray."""
-    base = prepare_base(ROOT / f"milm_ray/samples/models/tiny-{model}", None, tmp_path, model)
-    out = tmp_path / f"reference-{model}"
+    out = tmp_path / "reference"
     out.mkdir()
     spec = out / "spec.json"
     spec.write_text(
         json.dumps(
             {
-                "model": model,
+                "model": "llama3",
                 "base": str(base),
                 "rows": rows(),
                 "workers": 1,
@@ -120,49 +119,47 @@ def wait_for(condition, process, seconds=400):
     raise AssertionError("waited too long")
 
 
-def checkpoints(home, model):
-    """Whether Ray Train knows of a checkpoint of the model (it asks its workers every 2 s)."""
-    snapshots = home.glob(f"checkpoints/{model}-*/checkpoint_manager_snapshot.json")
-    return any("checkpoint_2" in path.read_text(encoding="utf-8") for path in snapshots)
+def checkpoints(home):
+    """The checkpoints that Ray Train knows of (it asks its workers every 2 s), as it notes them."""
+    found = home.glob("checkpoints/one-*/checkpoint_manager_snapshot.json")
+    text = "".join(path.read_text(encoding="utf-8") for path in found)
+    return text if "checkpoint_2" in text else ""
 
 
-@pytest.mark.timeout(1500)
+def configure(path, home, **finetune):
+    """A configuration of one model, the tiny Llama."""
+    settings = {
+        "workspace": str(home),
+        "seed": SEED,
+        "ray": {"num_cpus": 1},
+        "models": {"one": {"path": str(TINY), "chat_format": "llama3"}},
+        "finetune": {**SETTINGS, **finetune},
+    }
+    path.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    return path
+
+
 def test_killed_worker_and_killed_driver_end_where_an_undisturbed_run_ends(tmp_path):
     home = tmp_path / "work"
     make_workspace(home)
-    config = tmp_path / "tiny.yaml"
-    config.write_text(
-        yaml.safe_dump(
-            {
-                "workspace": str(home),
-                "seed": SEED,
-                "ray": {"num_cpus": 1},
-                "models": {
-                    model: {
-                        "path": f"milm_ray/samples/models/tiny-{model}",
-                        "chat_format": model,
-                    }
-                    for model in ("llama3", "glm4")
-                },
-                "finetune": SETTINGS,
-            }
-        ),
-        encoding="utf-8",
-    )
+    config = configure(tmp_path / "tiny.yaml", home)
     log = tmp_path / "job.log"
     driver = start(config, log)
     started: list[psutil.Process] = []
     try:
-        # The first to train loses its worker, which Ray Train starts again.
-        wait_for(lambda: checkpoints(home, "llama3") or checkpoints(home, "glm4"), driver)
+        # The worker dies: Ray Train starts another, which goes on.
+        before = wait_for(lambda: checkpoints(home), driver)
         started = psutil.Process(driver.pid).children(recursive=True)
         workers = [p for p in started if "RayTrainWorker" in " ".join(p.cmdline())]
         assert len(workers) == 1
         workers[0].kill()
-        # The second loses its driver, and with it the cluster.
-        first = "llama3" if checkpoints(home, "llama3") else "glm4"
-        second = "glm4" if first == "llama3" else "llama3"
-        wait_for(lambda: checkpoints(home, second), driver)
+
+        def went_on():
+            again = "resumes after step" in log.read_text(encoding="utf-8")
+            return again and checkpoints(home) != before
+
+        wait_for(went_on, driver)
+        # The driver dies, and with it the cluster.
         started = psutil.Process(driver.pid).children(recursive=True)
         driver.kill()
         driver.wait()
@@ -171,37 +168,76 @@ def test_killed_worker_and_killed_driver_end_where_an_undisturbed_run_ends(tmp_p
             if process.is_running():
                 process.kill()
         driver.kill()
-
-    text = log.read_text(encoding="utf-8")
-    assert f"finetune {second} | waits for 1 CPU; the cluster has 1 CPU, held by {first}" in text
-    assert (home / "adapters" / first / "manifest.json").exists()
-    assert not (home / "adapters" / second / "manifest.json").exists()
-
+    assert not (home / "adapters/one/manifest.json").exists()
+    resumed = log.read_text(encoding="utf-8").count("resumes after step")
     again = start(config, log)
     assert again.wait(timeout=600) == 0
-    text = log.read_text(encoding="utf-8")
-    assert f"adapters/{first}/ is up to date" in text
-    assert f"finetune {first} | resumes after step" in text
-    assert f"finetune {second} | resumes after step" in text
+    assert log.read_text(encoding="utf-8").count("resumes after step") == resumed + 1
 
-    for model in ("llama3", "glm4"):
-        found = pq.read_table(home / "adapters" / model / "log.parquet").to_pylist()
-        expected = undisturbed(tmp_path, model)
-        assert [row["step"] for row in found] == [row["step"] for row in expected]
-        for row, other in zip(found, expected, strict=True):
-            assert row["loss"] == pytest.approx(other["loss"], abs=1e-4)
-        names = {path.name for path in (home / "adapters" / model).iterdir()}
-        assert {
-            "adapter_config.json",
-            "adapter_model.safetensors",
-            "chat_template.jinja",
-            "README.md",
-            "loss.png",
-        } <= names
-        settings = json.loads((home / "adapters" / model / "adapter_config.json").read_text())
-        assert settings["base_model_name_or_path"] == f"tiny-{model}"
-    assert list(home.glob("checkpoints/glm4-*/tensorboard/events.out.*"))
-    card = (home / "adapters" / "glm4" / "README.md").read_text(encoding="utf-8")
-    assert "# glm-4-mi" in card
-    assert "Built with glm-4" in card
-    assert (home / "adapters" / "loss_curves.png").stat().st_size > 10_000
+    expected = undisturbed(tmp_path, home / "bases" / "tiny-llama3")
+    place = home / "adapters/one"
+    found = pq.read_table(place / "log.parquet").to_pylist()
+    assert [row["step"] for row in found] == [row["step"] for row in expected]
+    for row, other in zip(found, expected, strict=True):
+        assert row["loss"] == pytest.approx(other["loss"], abs=1e-4)
+    assert {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "chat_template.jinja",
+        "README.md",
+        "loss.png",
+    } <= {path.name for path in place.iterdir()}
+    settings = json.loads((place / "adapter_config.json").read_text(encoding="utf-8"))
+    assert settings["base_model_name_or_path"] == "tiny-llama3"
+    assert list(home.glob("checkpoints/one-*/tensorboard/events.out.*"))
+    card = (place / "README.md").read_text(encoding="utf-8")
+    assert "# Llama-3-mi" in card
+    assert "Built with Meta Llama 3" in card
+    assert (home / "adapters/loss_curves.png").stat().st_size > 10_000
+
+
+def test_preference_tuning_goes_on_from_an_adapter(tmp_path):
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    home = tmp_path / "work"
+    workspace = Workspace.open(str(home))
+    base = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
+    first = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    first.save_pretrained(home / "adapters/one", save_embedding_layers=False)
+    commit(workspace, "adapters/one")
+    pairs = [
+        {
+            "dialogue_id": f"d{number}",
+            "round_index": 1,
+            "model": "one",
+            "instruction": "你是心理咨询师。",
+            "input": f"第{number}天，我又抽烟了。",
+            "history": [],
+            "chosen": "您很失望，可您还在数日子。",
+            "rejected": "你必须马上戒烟。",
+            "judge": "judge-1",
+        }
+        for number in range(4)
+    ]
+    workspace.write_table(pa.Table.from_pylist(pairs, PREFERENCES), "preferences")
+    commit(workspace, "preferences", pairs=4)
+    before = (home / "adapters/one/adapter_model.safetensors").read_bytes()
+    dpo = {"learning_rate": 1e-3, "epochs": 2}
+    settings = {"method": "dpo", "dpo": dpo, "gradient_accumulation": 2}
+    config = configure(tmp_path / "dpo.yaml", home, **settings)
+    log = tmp_path / "dpo.log"
+    job = start(config, log)
+    assert job.wait(timeout=600) == 0, log.read_text(encoding="utf-8")
+    place = home / "adapters/one/dpo"
+    rewards = pq.read_table(place / "rewards.parquet").to_pylist()
+    assert rewards[0]["loss"] == pytest.approx(0.6931, abs=1e-3)
+    assert rewards[-1]["loss"] < rewards[0]["loss"]
+    card = (place / "README.md").read_text(encoding="utf-8")
+    assert "judged by | judge-1, automatically" in card
+    assert (place / "loss.png").stat().st_size > 5_000
+    # The adapter that it started from is untouched, and the tuned one is served beside it.
+    assert (home / "adapters/one/adapter_model.safetensors").read_bytes() == before
+    served = AdapterStore(str(home / "adapters")).list("one")
+    assert [adapter.public_id for adapter in served] == ["one:mi", "one:dpo"]
