@@ -15,7 +15,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart serve test soak lint format lock clean
+.PHONY: help install quickstart serve test scenarios soak lint format lock clean
 
 help: ## list what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -41,11 +41,14 @@ quickstart: install ## the whole pipeline on the samples, offline; opens nothing
 serve: install ## the models of CONFIG (default: the quickstart's) as endpoints, and the chat page
 	$(BIN)/python jobs/serve.py --config $(or $(CONFIG),jobs/configs/quickstart.yaml) $(ARGS)
 
-test: lint ## lint, then every test
+test: lint ## lint, then the tests
 	$(BIN)/python -m pytest
 
-soak: install ## jobs killed at random moments and run again, against a misbehaving LLM server
-	MILM_FAULT_ROUNDS=20 $(BIN)/python -m pytest -m soak
+scenarios: install ## whole jobs, killed and run again: half an hour
+	$(BIN)/python -m pytest -m scenario
+
+soak: install ## the transcription job killed at twenty random moments, against a misbehaving server
+	MILM_FAULT_ROUNDS=20 $(BIN)/python -m pytest -m scenario tests/jobs/test_llm_faults.py
 
 lint: install ## ruff, mypy, import-linter
 	$(BIN)/ruff check .

@@ -22,7 +22,7 @@ from milm_ray.workspace import Workspace
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "milm_ray/samples/models/tiny-llama3"
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.scenario
 
 SEED = 11
 SETTINGS = {

@@ -31,7 +31,7 @@ from tests.llm_server_process import KEY, ServerProcess
 
 ROOT = Path(__file__).parents[2]
 ROWS = 48
-pytestmark = [pytest.mark.slow, pytest.mark.soak, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.scenario, pytest.mark.timeout(1800)]
 
 CONFIG = """
 workspace: {workspace}

@@ -21,7 +21,7 @@ from botocore.config import Config as BotocoreConfig
 
 from milm_ray.workspace import Workspace
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.scenario, pytest.mark.timeout(1800)]
 
 ROOT = Path(__file__).parents[2]
 RAY = str(Path(sys.executable).parent / "ray")
