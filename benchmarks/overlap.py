@@ -98,7 +98,13 @@ def through_ray(pairs: list[tuple[str, str]], count: int, folder: Path) -> None:
         pq.write_table(
             pa.Table.from_pylist(rows, PREDICTIONS), folder / "in" / f"{seed:05d}.parquet"
         )
-    ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="WARNING")
+    ray.init(
+        address="local",
+        num_cpus=2,
+        object_store_memory=512 * 2**20,
+        include_dashboard=False,
+        logging_level="WARNING",
+    )
     ray.data.DataContext.get_current().enable_progress_bars = False
     memory = Memory()
     start = time.perf_counter()
@@ -109,17 +115,22 @@ def through_ray(pairs: list[tuple[str, str]], count: int, folder: Path) -> None:
     memory.stop()
     done = sum(pq.ParquetFile(p).metadata.num_rows for p in (folder / "out").glob("*.parquet"))
     print(f"{done:,} pairs in {wall:.1f} s, {done / wall:,.0f} a second, 2 cores")
-    quarters = [memory.peak(part / 4, (part + 1) / 4) for part in range(4)]
-    shown = ", ".join(f"{mib:,.0f}" for mib in quarters)
-    print(f"peak memory of all processes in each quarter of the run, MiB: {shown}")
+    print("peak memory in each tenth of the run, MiB")
+    for what, samples in (("private", memory.private), ("shared", memory.shared)):
+        tenths = [samples[len(samples) * n // 10 : len(samples) * (n + 1) // 10] for n in range(10)]
+        print(f"  {what}: " + ", ".join(f"{max(part, default=0):,.0f}" for part in tenths))
     ray.shutdown()
 
 
 class Memory:
-    """Resident memory, shared pages once, of this process and all below it, twice a second."""
+    """Memory of this process and all below it, twice a second, in MiB.
+
+    private: the processes' own pages; shared: what they share, Ray's object store above all.
+    """
 
     def __init__(self) -> None:
-        self.samples: list[float] = []
+        self.private: list[float] = []
+        self.shared: list[float] = []
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
@@ -128,22 +139,20 @@ class Memory:
         import psutil
 
         while not self._ended.wait(0.5):
-            total = 0
+            private = shared = 0
             for process in [me := psutil.Process(), *me.children(recursive=True)]:
                 try:
-                    total += process.memory_full_info().pss
+                    found = process.memory_full_info()
                 except psutil.Error:
                     continue
-            self.samples.append(total / 2**20)
+                private += found.uss
+                shared += found.pss - found.uss
+            self.private.append(private / 2**20)
+            self.shared.append(shared / 2**20)
 
     def stop(self) -> None:
         self._ended.set()
         self._thread.join()
-
-    def peak(self, start: float, end: float) -> float:
-        """MiB, the most between two fractions of the run."""
-        count = len(self.samples)
-        return max(self.samples[int(start * count) : int(end * count)], default=0.0)
 
 
 def timed(name, score, refs, hyps):

@@ -1,9 +1,10 @@
 """Agreement between coders, with intervals: ICC for scores, kappa and alpha for codes.
 
 Intervals resample whole clusters (dialogues), since the utterances of a dialogue are coded by the
-same people about the same client. Cohen's kappa is scikit-learn's, Krippendorff's alpha that of
-the `krippendorff` package; the ICCs (Shrout and Fleiss 1979; McGraw and Wong 1996) and Fleiss'
-kappa (Fleiss 1971) are a few sums of squares and are computed here.
+same people about the same client. Krippendorff's alpha is that of the `krippendorff` package; the
+ICCs (Shrout and Fleiss 1979; McGraw and Wong 1996) and the kappas (Cohen 1960, 1968; Fleiss 1971)
+are a few sums and are computed here, since a bootstrap asks for them thousands of times (a test
+holds Cohen's against scikit-learn).
 """
 
 from __future__ import annotations
@@ -80,13 +81,16 @@ def cohen_kappa(
     a = np.array([position[label] for label in first], np.int64)
     b = np.array([position[label] for label in second], np.int64)
 
-    def kappa(rows: NDArray[np.int64]) -> float:
-        from sklearn.metrics import cohen_kappa_score
+    places = np.arange(len(names))
+    apart = np.abs(places[:, None] - places)
+    cost = {None: (apart > 0).astype(float), "linear": apart, "quadratic": apart**2}[weights]
 
-        x, y = a[rows], b[rows]
-        if len(np.union1d(x, y)) < 2:
-            return np.nan
-        return float(cohen_kappa_score(x, y, labels=range(len(names)), weights=weights))
+    def kappa(rows: NDArray[np.int64]) -> float:
+        pairs = np.bincount(a[rows] * len(names) + b[rows], minlength=cost.size)
+        seen = pairs.reshape(cost.shape)
+        chance = np.outer(seen.sum(axis=1), seen.sum(axis=0)) / max(1, seen.sum())
+        expected = (cost * chance).sum()
+        return float(1 - (cost * seen).sum() / expected) if expected > 0 else np.nan
 
     return _with_interval(kappa, _codes(clusters), resamples, seed, "only one label occurs")
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from sklearn.metrics import cohen_kappa_score
 
 from milm_ray.errors import UserError
 from milm_ray.miti.agreement import cohen_kappa, fleiss_kappa, icc, krippendorff_alpha
@@ -67,6 +68,16 @@ def test_cohen_kappa_by_hand():
     found = cohen_kappa(first, second, range(50))
     assert found.value == pytest.approx(0.4)
     assert 0.1 < found.low < 0.4 < found.high < 0.7
+
+
+@pytest.mark.parametrize("weights", [None, "linear", "quadratic"])
+def test_cohen_kappa_is_that_of_scikit_learn(weights):
+    rng = np.random.default_rng(3)
+    for labels in (2, 5):
+        first, second = rng.integers(0, labels, (2, 80)).tolist()
+        ours = cohen_kappa(first, second, range(80), weights=weights, resamples=2)
+        theirs = cohen_kappa_score(first, second, weights=weights)
+        assert ours.value == pytest.approx(theirs, abs=1e-12)
 
 
 def test_weighted_kappa_forgives_near_misses():
