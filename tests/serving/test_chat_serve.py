@@ -103,6 +103,11 @@ def test_a_part_that_is_killed_in_load_comes_back_and_no_word_is_lost(
             ray.kill(ray.get_actor(proxy["actor_name"], namespace="serve"), no_restart=False)
         else:
             app, deployment = ("chat", "chat") if part == "chat" else ("models", "model-glm4")
-            for pid in replica_pids(app, deployment):
+            killed = replica_pids(app, deployment)
+            for pid in killed:
                 os.kill(pid, signal.SIGKILL)
+            for _ in range(400):  # back without hands, for the tests after this one too
+                if set(replica_pids(app, deployment)) - set(killed):
+                    break
+                time.sleep(0.3)
         assert all(whole(done.result(240), 5) for done in talks)
