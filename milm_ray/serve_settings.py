@@ -196,7 +196,12 @@ class ChatSection(Section):
     top_p: float = Field(0.7, gt=0, le=1)
     max_tokens: int = Field(512, ge=1, description="of a reply")
     reply_timeout_s: float = Field(120.0, gt=0, description="without a new token")
-    max_attempts: int = Field(4, ge=1, description="for one reply, when the endpoints fail")
+    max_attempts: int = Field(
+        9,
+        ge=1,
+        description="for one reply, when the endpoints fail; with growing pauses these take 47 s, "
+        "and Ray Serve replaces a proxy that died after about 30",
+    )
     max_replies: int = Field(
         256, ge=1, description="written at a time by a replica; beyond it: 503 with Retry-After"
     )
