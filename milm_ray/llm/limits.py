@@ -23,6 +23,9 @@ from milm_ray.errors import UserError
 log = logging.getLogger("milm_ray")
 
 _IDLE_S = 600.0  # after so long without a call the actor ends; the next job starts another
+_BEAT_S = 5.0  # how often a process that asks says that it lives
+_DEAD_S = 30.0  # silent for so long: its places in flight are given to others
+SILENT = -1
 
 
 @dataclass
@@ -37,6 +40,7 @@ class _Lease:
     cost: float
     expires: float
     sent: _Sent
+    holder: str
 
 
 @dataclass
@@ -58,8 +62,9 @@ class Gate(Protocol):
 class Limits:
     """Concurrency, requests and tokens per minute of one endpoint, and each run's budget.
 
-    A call takes a lease before it is sent and gives it back with what it really used. A lease whose
-    holder died expires, so that a lost process does not narrow the others for good.
+    A call takes a lease before it is sent and gives it back with what it really used. A holder is a
+    process that says at intervals that it lives (`beat`); once it is silent its leases end, and
+    what it waits for is not granted, so that a killed run does not keep its successor waiting.
     """
 
     def __init__(self, settings: LLMSection) -> None:
@@ -69,20 +74,32 @@ class Limits:
         self._window: deque[_Sent] = deque()  # the calls of the last minute
         self._changed = asyncio.Event()
         self._last_call = time.monotonic()
+        self._beats: dict[str, float] = {}
+
+    def beat(self, holder: str) -> None:
+        """A process that holds leases, or wants some, is alive."""
+        self._beats[holder] = time.monotonic()
 
     def open_account(self, account: str, settings: LLMSection, spent: float) -> None:
         """Begin a run: its limits hold from now on; spent: USD that its earlier replies cost."""
         self._settings = settings
         self._accounts[account] = _Account(spent, settings.max_cost)
 
-    async def acquire(self, tokens: int, cost: float, account: str = "") -> int | None:
+    async def acquire(
+        self, tokens: int, cost: float, account: str = "", holder: str = ""
+    ) -> int | None:
         """Wait for a place; returns a lease, or None when the budget does not allow the call.
 
-        tokens: estimate of prompt and completion together; cost: the most the call can cost in USD.
+        tokens: estimate of prompt and completion together; cost: the most the call can cost in USD;
+        holder: the process that asks, "" for this one; SILENT when it did not say that it lives.
         """
+        if holder:
+            self.beat(holder)
         while True:
             now = self._last_call = time.monotonic()
             self._expire(now)
+            if not self._lives(holder, now):
+                return SILENT
             wait = self._blocked_for(now, tokens, cost, account)
             if wait is None:
                 return None
@@ -91,7 +108,7 @@ class Limits:
                 lease = random.getrandbits(62)
                 sent = _Sent(now, tokens)
                 expires = now + 2 * self._settings.timeout_s + 30
-                self._leases[lease] = _Lease(account, cost, expires, sent)
+                self._leases[lease] = _Lease(account, cost, expires, sent, holder)
                 self._window.append(sent)
                 return lease
             self._changed.clear()
@@ -119,8 +136,16 @@ class Limits:
             await asyncio.sleep(_IDLE_S / 10)
         ray.actor.exit_actor()
 
+    def _lives(self, holder: str, now: float) -> bool:
+        return not holder or now - self._beats[holder] <= _DEAD_S
+
     def _expire(self, now: float) -> None:
-        for number in [n for n, lease in self._leases.items() if lease.expires < now]:
+        ended = [
+            number
+            for number, lease in self._leases.items()
+            if lease.expires < now or not self._lives(lease.holder, now)
+        ]
+        for number in ended:
             del self._leases[number]
         while self._window and self._window[0].at <= now - 60:
             self._window.popleft()
@@ -145,19 +170,39 @@ class Limits:
         return 0.0
 
 
-@dataclass(frozen=True)
 class SharedLimits:
     """A run's access to the limits in a Ray actor; may be handed to other processes."""
 
-    actor: Any
-    account: str
+    def __init__(self, actor: Any, account: str) -> None:
+        self.actor = actor
+        self.account = account
+        self._holder = ""
+        self._beating: asyncio.Task[None] | None = None
+
+    def __reduce__(self) -> tuple[type[SharedLimits], tuple[Any, str]]:
+        return SharedLimits, (self.actor, self.account)
+
+    def _hold(self) -> str:
+        """This process's name with the limits; from now on it says that it lives."""
+        if self._beating is None or self._beating.done():
+            self._holder = uuid.uuid4().hex
+            self._beating = asyncio.ensure_future(self._beat(self._holder))
+        return self._holder
+
+    async def _beat(self, holder: str) -> None:
+        while True:
+            self.actor.beat.remote(holder)
+            await asyncio.sleep(_BEAT_S)
 
     async def acquire(self, tokens: int, cost: float) -> int | None:
         """As Limits.acquire; UserError when the actor is lost, since the budget is lost with it."""
         from ray.exceptions import RayActorError
 
         try:
-            return await self.actor.acquire.remote(tokens, cost, self.account)
+            lease = SILENT
+            while lease == SILENT:  # this process was too busy to say that it lives: ask again
+                lease = await self.actor.acquire.remote(tokens, cost, self.account, self._hold())
+            return lease
         except RayActorError as error:
             raise UserError(
                 f"the process that holds the LLM's limits was lost ({type(error).__name__})",

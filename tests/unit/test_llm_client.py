@@ -4,6 +4,7 @@ import asyncio
 import itertools
 import logging
 import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 from milm_ray.config import LLMSection
 from milm_ray.errors import UserError
 from milm_ray.llm.client import BudgetReached, LLMClient, Rejected, find_key, json_object
-from milm_ray.llm.limits import Limits
+from milm_ray.llm.limits import SILENT, Limits
 from milm_ray.llm.replies import Reply, Request
 from milm_ray.llm.reply_store import ReplyStore
 from milm_ray.workspace import Workspace
@@ -206,6 +207,25 @@ def test_offline_a_miss_is_an_error_that_names_it(tmp_path: Path) -> None:
     (error,) = ask(client, 1)
     assert isinstance(error, UserError)
     assert "recorded:" in error.fix
+
+
+def test_a_dead_process_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its leases end when it is silent, and what it waited for is not granted to it."""
+    monkeypatch.setattr("milm_ray.llm.limits._DEAD_S", 0.3)
+
+    async def scenario() -> tuple[int | None, int | None, float]:
+        limits = Limits(LLMSection(concurrency=1))
+        assert await limits.acquire(1, 0.0, holder="killed") is not None
+        waiting = asyncio.ensure_future(limits.acquire(1, 0.0, holder="killed"))
+        await asyncio.sleep(0.4)
+        began = time.monotonic()
+        lease = await limits.acquire(1, 0.0, holder="successor")
+        return lease, await asyncio.wait_for(waiting, 10), time.monotonic() - began
+
+    lease, granted_to_the_dead, waited = asyncio.run(scenario())
+    assert lease is not None
+    assert granted_to_the_dead == SILENT
+    assert waited < 8
 
 
 def test_requests_per_minute_and_tokens_per_minute_hold() -> None:
