@@ -127,6 +127,8 @@ class Server:
         if options.cut <= draw < options.cut + options.broken:
             off_schema = '{"comprehensiveness": "very", "dialogue": [{"role": "nurse"}]}'
             text = self.random.choice([text[: len(text) // 2], off_schema, "好的，如下：" + text])
+        elif options.unusable and self.random.random() < options.unusable:
+            text = text[: len(text) // 2]
         elif draw >= 1 - options.rate_limited - options.failing - options.truncated:
             text, finish = text[:40], "length"
         usage = {
@@ -185,6 +187,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--failing", type=float, default=0.0, help="share answered by 500")
     parser.add_argument("--cut", type=float, default=0.0, help="share cut in mid-reply")
     parser.add_argument("--broken", type=float, default=0.0, help="malformed or off-schema JSON")
+    parser.add_argument("--unusable", type=float, default=0.0, help="JSON cut in half")
     parser.add_argument("--truncated", type=float, default=0.0, help="finish reason length")
     parser.add_argument("--no-schema", action="store_true", help="refuse response_format")
     return parser.parse_args()

@@ -182,7 +182,7 @@ def test_an_llm_plays_clients_within_the_rules_and_nothing_is_asked_twice(llm):
 
 
 def test_broken_replies_are_asked_for_once_more_and_then_cost_the_session(llm):
-    config, ws, _ = llm(broken=1.0)
+    config, ws, _ = llm(unusable=1.0)
     outcomes = held(config, ws)
     assert all(outcome.session is None for outcome in outcomes)
     assert {outcome.reject.reason for outcome in outcomes} <= {"not_json", "not_a_turn"}
