@@ -6,7 +6,7 @@ They are sections of a job's configuration, and arguments of the Serve apps in s
 from __future__ import annotations
 
 from datetime import date
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
@@ -23,16 +23,7 @@ Category = Literal[
     "psychosis",
     "eating_disorder",
 ]
-CATEGORIES: tuple[Category, ...] = (
-    "suicide",
-    "self_harm",
-    "violence",
-    "abuse",
-    "minors",
-    "medical_emergency",
-    "psychosis",
-    "eating_disorder",
-)
+CATEGORIES: tuple[Category, ...] = get_args(Category)
 
 
 class HelpLine(Section):
