@@ -47,7 +47,9 @@ test: lint ## lint, then the tests
 scenarios: install ## whole jobs, killed and run again: half an hour
 	$(BIN)/python -m pytest -m scenario
 
-soak: install ## the transcription job killed at twenty random moments, against a misbehaving server
+soak: install ## new random examples for the properties; the transcription job killed at twenty moments
+	@# The properties set their own number of examples: ten rounds stand for ten times as many.
+	for round in {1..10}; do $(BIN)/python -m pytest -m hypothesis --hypothesis-profile=explore tests/unit; done
 	MILM_FAULT_ROUNDS=20 $(BIN)/python -m pytest -m scenario tests/jobs/test_llm_faults.py
 
 lint: install ## ruff, mypy, import-linter

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import defaultdict
 from pathlib import Path
 
@@ -209,6 +210,21 @@ def test_spaces_between_characters_hide_nothing(text, data):
     gaps = data.draw(st.lists(st.sampled_from(["", " ", "\u3000"]), min_size=len(text)))
     spaced = "".join(char + gap for char, gap in zip(text, gaps, strict=False))
     assert assess(client(spaced)).level == "high", spaced
+
+
+HAN = [
+    turn["content"]
+    for item in ITEMS
+    for turn in item["history"]
+    if not re.search("[a-zａ-ｚɑāáǎàōóǒò]", turn["content"], re.IGNORECASE)
+]
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.sampled_from(HAN), st.randoms(use_true_random=False))
+def test_spaces_between_han_characters_change_nothing_that_is_read(text, random):
+    spaced = "".join(char + random.choice(["", " ", "\u3000", "  ", "\u200b"]) for char in text)
+    assert normalize(spaced) == normalize(text), spaced
 
 
 @settings(max_examples=60, deadline=None)

@@ -116,9 +116,11 @@ _MIXED = {
 _MIXED_WORD = re.compile(
     r"(?<![a-z])(?:" + "|".join(sorted(_MIXED, key=len, reverse=True)) + r")(?![a-z])"
 )
-_CLAUSE_END = re.compile(r"[,.!?;:，。！？；：、…—～\n\r\"“”‘’()（）\[\]【】《》「」『』<>]+")
+_MARK = r",.!?;:，。！？；：、…—～\n\r\"“”‘’()（）\[\]【】《》「」『』<>"
+_CLAUSE_END = re.compile(rf"[{_MARK}][{_MARK} ]*")
 _SINGLES = re.compile(rf"(?<![{_HAN}])(?:[{_HAN}][^\w{_HAN}]{{1,3}}){{2,}}[{_HAN}](?![{_HAN}])")
 _NOT_WORD = re.compile(rf"[^0-9a-z{_HAN}]+")
+_SPACES = re.compile(r"[^\S\n\r]+")
 _HAN_GAP = re.compile(rf"(?<=[{_HAN}，0-9]) +| +(?=[{_HAN}，])")
 _LETTER_RUN = re.compile(r"(?<![a-z])(?:[a-z][ .*_\-]{1,2}){2,}[a-z](?![a-z])")
 _LEET_WORD = re.compile(r"(?<![0-9a-z])[a-z0-9@$!]*[a-z][a-z0-9@$!]*(?![0-9a-z])")
@@ -138,6 +140,8 @@ def normalize(text: str, mixed: bool = True) -> str:
     text = text.translate(_FOLD)
     text = text.replace("'", "").replace("’", "").replace("_", " ").replace("`", "")
     if not text.isascii():
+        # Before anything else looks at neighbours: 洗 脑，控 制 is 洗脑，控制.
+        text = _HAN_GAP.sub("", _SPACES.sub(" ", text))
         for pattern, word in _APART:
             text = pattern.sub(word, text)
         text = _SINGLES.sub(lambda m: _NOT_WORD.sub("", m.group()), text)
