@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import csv
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from milm_ray.config import Config, load_config
 from milm_ray.llm.exchange import Usage
 from milm_ray.llm.replies import Reply
 from milm_ray.miti import simulate
+from milm_ray.miti.coding_scheme import GLOBAL_NAMES
 from milm_ray.schema import Turn
 from milm_ray.workspace import Workspace
 
@@ -87,3 +89,28 @@ def held(config: Config, ws: Workspace) -> list[simulate.Outcome]:
     """The sessions without writing them."""
     answering = {arm: Counselor(arm[0]) for arm in simulate.arms(config)}
     return asyncio.run(simulate.hold(config, ws, answering, Usage()))
+
+
+def filled(
+    ws: Workspace,
+    coder: str,
+    score: int = 3,
+    code: Callable[[str, int], str] = lambda role, n: "Q" if role == "counselor" and n == 1 else "",
+) -> Path:
+    """The coder's own CSV sheets of the packet, filled in and put where returned sheets go."""
+    folder = ws.local("sheets")
+    folder.mkdir(exist_ok=True)
+    for table in ("utterances", "globals"):
+        source = ws.local("packet", "sheets", f"{coder}-{table}.csv")
+        with source.open(encoding="utf-8-sig", newline="") as file:
+            rows = list(csv.DictReader(file))
+        for row in rows:
+            if table == "utterances":
+                row["code"] = code(row["speaker"], int(row["utterance"]))
+            else:
+                row |= {"target_behavior": "早睡", **dict.fromkeys(GLOBAL_NAMES, score)}
+        with (folder / source.name).open("w", encoding="utf-8-sig", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    return folder

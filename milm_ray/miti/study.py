@@ -6,8 +6,6 @@ figure: every table that rests on codes is made once for each, and says by whom 
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -20,15 +18,18 @@ from milm_ray.miti import codings as code_stage
 from milm_ray.miti import paper_study, study_packet, study_tables
 from milm_ray.miti.study_agreement import agreement_table, automatic_table
 from milm_ray.miti.summary import Coding
+from milm_ray.miti.tables import csv_text
 from milm_ray.workspace import MANIFEST, Workspace
 
 ARTIFACT = "study"
 PEOPLE = "people"
+_LAYOUT = 2  # of study.json: a study that an earlier version wrote is made again
 Row = Mapping[str, Any]
 
 
 def _settings(config: Config) -> dict[str, Any]:
     return {
+        "layout": _LAYOUT,
         "resamples": config.miti.resamples,
         "seed": config.seed,
         "paper": study_packet.file_digest(config.miti.paper_cells),
@@ -79,10 +80,10 @@ def run(config: Config, workspace: Workspace) -> Mapping[str, Any]:
     ]
     workspace.clear(ARTIFACT)
     for table in tables:
-        workspace.write_text(_csv(table.head(), table.rows), ARTIFACT, f"{table.name}.csv")
+        workspace.write_text(table.csv(), ARTIFACT, f"{table.name}.csv")
     names = list(long[0]) if long else []
     workspace.write_text(
-        _csv(names, [list(row.values()) for row in long]), ARTIFACT, "table6_long.csv"
+        csv_text(names, [list(row.values()) for row in long]), ARTIFACT, "table6_long.csv"
     )
     study = {
         "tables": [asdict(table) for table in tables],
@@ -136,14 +137,6 @@ def coding_of(row: Row) -> Coding:
         automatic=row["source"] == "automatic",
         scope=tuple(row["scope"]),
     )
-
-
-def _csv(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    sink = io.StringIO()
-    writer = csv.writer(sink, lineterminator="\n")
-    writer.writerow(head)
-    writer.writerows([["" if cell is None else cell for cell in row] for row in rows])
-    return sink.getvalue()
 
 
 STAGE = Stage("study", plan, run, check_paths=("miti",), uses_ray=False)

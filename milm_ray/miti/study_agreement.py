@@ -17,19 +17,19 @@ from milm_ray.miti.agreement import (
 )
 from milm_ray.miti.coding_scheme import CODE_NAMES, GLOBAL_NAMES
 from milm_ray.miti.packet import Item
-from milm_ray.miti.study_tables import LABELS, StudyTable
+from milm_ray.miti.study_tables import LABELS
+from milm_ray.miti.tables import INTERVAL, StudyColumn, StudyTable
 
 NONE = "none"
 Row = Mapping[str, Any]
-_COLUMNS: list[tuple[str, int | None]] = [
-    ("What", None),
-    ("Figure", None),
-    ("Value", 2),
-    ("95 %", None),
-    ("Units", 0),
-    ("Dialogues", 0),
-    ("Remark", None),
-]
+_COLUMNS = (
+    StudyColumn("What"),
+    StudyColumn("Figure"),
+    StudyColumn("Value", 2, INTERVAL),
+    StudyColumn("Units", 0),
+    StudyColumn("Dialogues", 0),
+    StudyColumn("Remark"),
+)
 
 
 def agreement_table(
@@ -73,7 +73,8 @@ def agreement_table(
             _COLUMNS,
             rows,
             [
-                "An utterance without a code has the label none. Intervals resample dialogues. "
+                "An utterance without a code has the label none. Intervals are 95 % and resample "
+                "dialogues. "
                 "Published with MITI: ICC of sessions .75 to 1, kappa of utterances .31 to .64 "
                 "(Pérez-Rosas et al. 2016).",
             ],
@@ -151,7 +152,5 @@ def _value(row: Row | None, kind: str, name: str) -> float:
 
 
 def _row(what: str, figure: str, found: Agreement) -> list[Any]:
-    interval = None
-    if found.low is not None and found.high is not None:
-        interval = f"{found.low:.2f} to {found.high:.2f}".replace("-", "−")
-    return [what, figure, found.value, interval, found.items, found.clusters, found.reason or None]
+    value = None if found.value is None else [found.value, found.low, found.high]
+    return [what, figure, value, found.items, found.clusters, found.reason or None]

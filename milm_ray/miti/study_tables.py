@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from milm_ray.miti import paper_study
@@ -24,6 +23,7 @@ from milm_ray.miti.summary import (
     summarise_group,
     table_rows,
 )
+from milm_ray.miti.tables import INTERVAL, SPREAD, StudyColumn, StudyTable
 from milm_ray.schema import MOTIVATIONS, TOPICS
 
 LABELS = {
@@ -41,24 +41,6 @@ RATIOS = ("complex_reflection_ratio", "reflection_to_question", "mia_ratio")
 _MARK = {"good": "Good", "fair": "Fair", "below": "below Fair"}
 Groups = Mapping[str, Sequence[Coding]]
 Key = Mapping[str, Mapping[str, Any]]
-
-
-@dataclass(frozen=True)
-class StudyTable:
-    """A table of the study. columns: (label, digits), digits None for text; foot explains.
-
-    automatic: its codes are an automatic coder's. interval columns hold [value, low, high].
-    """
-
-    name: str
-    caption: str
-    columns: Sequence[tuple[str, int | None]]
-    rows: Sequence[Sequence[Any]]
-    foot: Sequence[str] = ()
-    automatic: bool = False
-
-    def head(self) -> list[str]:
-        return [label for label, _ in self.columns]
 
 
 def by_group(codings: Sequence[Coding]) -> dict[str, list[Coding]]:
@@ -108,6 +90,7 @@ def table4(items: Sequence[Item], key: Key, cells: Sequence[Cell]) -> StudyTable
         entry = key[item.item_id]
         measured = lengths(item, entry["language"])
         found.setdefault((entry["group"], entry["language"]), []).append(measured)
+    with_paper = any(cell.table == "4" for cell in cells)
     rows = []
     for (group, language), each in sorted(found.items(), key=lambda g: (g[0][0][:4] == "Real", g)):
         spreads = [spread([values[i] for values in each]) for i in range(3)]
@@ -116,24 +99,22 @@ def table4(items: Sequence[Item], key: Key, cells: Sequence[Cell]) -> StudyTable
                 group,
                 len(each),
                 "words" if language == "en" else "characters",
-                *(text for found_ in spreads for text in (found_.mean, _quartiles(found_, 1))),
-                _paper_row(cells, group),
+                *(_cell(found_, n=False) for found_ in spreads),
+                *([_paper_row(cells, group)] if with_paper else []),
             ]
         )
+    quartiles = SPREAD[:2]
     return StudyTable(
         "table4",
-        "Table 4. The dialogues: rounds and length of turns",
+        "Table 4. The dialogues: rounds and length of turns, mean (IQR)",
         [
-            ("Group", None),
-            ("Dialogues", 0),
-            ("Length in", None),
-            ("Rounds", 1),
-            ("IQR of rounds", None),
-            ("Client turn", 1),
-            ("IQR, client", None),
-            ("Counselor turn", 1),
-            ("IQR, counselor", None),
-            ("Paper: rounds / client / counselor", None),
+            StudyColumn("Group"),
+            StudyColumn("Dialogues", 0),
+            StudyColumn("Length in"),
+            StudyColumn("Rounds", 1, quartiles),
+            StudyColumn("Client turn", 1, quartiles),
+            StudyColumn("Counselor turn", 1, quartiles),
+            *([StudyColumn("Paper: rounds / client / counselor")] if with_paper else []),
         ],
         rows,
         [
@@ -160,11 +141,6 @@ def paper_group(group: str) -> str:
     return group.removeprefix("MI-LLM ").split(",")[0] if tuned else ""
 
 
-def _paper_cell(cell: Cell) -> str:
-    quartiles = "" if cell.q1 is None or cell.q3 is None else f" ({cell.q1:g}–{cell.q3:g})"
-    return f"{cell.mean:g}{quartiles}" + ("" if cell.n is None else f" n {cell.n}")
-
-
 def table5(key: Key) -> StudyTable:
     """Table 5: topics of each group, and the motivation levels that clients were given."""
     groups = sorted({entry["group"] for entry in key.values() if entry["source"] != "annomi"})
@@ -177,7 +153,7 @@ def table5(key: Key) -> StudyTable:
     return StudyTable(
         "table5",
         "Table 5. Topics and motivation of the models' dialogues",
-        [("Kind", None), ("Level", None), *((group, 0) for group in groups)],
+        [StudyColumn("Kind"), StudyColumn("Level"), *(StudyColumn(group, 0) for group in groups)],
         rows,
         [
             "Topics are the paper's five. Motivation is assigned at random, seeded; the paper does "
@@ -195,7 +171,7 @@ def coded_tables(instrument: str, groups: Groups, cells: Sequence[Cell]) -> list
     words, tail = instrument_words(instrument), slug(instrument)
     automatic = instrument.startswith("automatic")
     names = [summary.group for summary in summaries]
-    paper = {(c.group, c.variable): _paper_cell(c) for c in cells if c.table == "6"}
+    paper = {(c.group, c.variable): [c.mean, c.q1, c.q3, c.n] for c in cells if c.table == "6"}
     in_paper = [g for g in dict.fromkeys(map(paper_group, names)) if any(k[0] == g for k in paper)]
     rows = []
     for kind, variables in (
@@ -212,11 +188,11 @@ def coded_tables(instrument: str, groups: Groups, cells: Sequence[Cell]) -> list
         f"table6_{tail}",
         f"Table 6. Behaviour counts and scores, mean (IQR) n; {words}",
         [
-            ("Kind", None),
-            ("Variable", None),
-            *((name, None) for name in names),
-            *((f"Paper, {group}", None) for group in in_paper),
-            ("Fair / Good", None),
+            StudyColumn("Kind"),
+            StudyColumn("Variable"),
+            *(StudyColumn(name, 2, SPREAD) for name in names),
+            *(StudyColumn(f"Paper, {group}", 2, SPREAD) for group in in_paper),
+            StudyColumn("Fair / Good"),
         ],
         rows,
         [
@@ -230,7 +206,7 @@ def coded_tables(instrument: str, groups: Groups, cells: Sequence[Cell]) -> list
     rates = StudyTable(
         f"rates_{tail}",
         f"Behaviour counts per round, mean over dialogues; {words}",
-        [("Variable", None), *((name, 3) for name in names)],
+        [StudyColumn("Variable"), *(StudyColumn(name, 3) for name in names)],
         [
             [LABELS[code.name], *(s.per_round[code.name].mean for s in summaries)]
             for code in CODES
@@ -266,13 +242,13 @@ def _ratios(
         f"ratios_{tail}",
         f"Ratios: mean of the dialogues' ratios, and pooled; {words}",
         [
-            ("Group", None),
-            ("Ratio", None),
-            ("Mean of ratios", 2),
-            ("Defined in", 0),
-            ("of dialogues", 0),
-            ("Pooled", 2),
-            ("Standing of the mean", None),
+            StudyColumn("Group"),
+            StudyColumn("Ratio"),
+            StudyColumn("Mean of ratios", 2),
+            StudyColumn("Defined in", 0),
+            StudyColumn("of dialogues", 0),
+            StudyColumn("Pooled", 2),
+            StudyColumn("Standing of the mean"),
         ],
         rows,
         [
@@ -295,12 +271,9 @@ def comparisons(instrument: str, groups: Groups, *, resamples: int, seed: int) -
                         f"{second} − {first}",
                         LABELS[found.variable],
                         f"{found.second_n}, {found.first_n}",
-                        found.difference.value,
-                        _interval(found.difference),
-                        found.hedges_g.value,
-                        _interval(found.hedges_g),
-                        found.cliffs_delta.value,
-                        _interval(found.cliffs_delta),
+                        _estimate(found.difference),
+                        _estimate(found.hedges_g),
+                        _estimate(found.cliffs_delta),
                         found.p,
                     ]
                 )
@@ -310,21 +283,19 @@ def comparisons(instrument: str, groups: Groups, *, resamples: int, seed: int) -
         f"comparisons_{slug(instrument)}",
         f"Groups compared; {instrument_words(instrument)}",
         [
-            ("Groups", None),
-            ("Variable", None),
-            ("n", None),
-            ("Difference", 2),
-            ("95 %", None),
-            ("Hedges' g", 2),
-            ("95 % of g", None),
-            ("Cliff's delta", 2),
-            ("95 % of delta", None),
-            ("p", 3),
+            StudyColumn("Groups"),
+            StudyColumn("Variable"),
+            StudyColumn("n"),
+            StudyColumn("Difference", 2, INTERVAL),
+            StudyColumn("Hedges' g", 2, INTERVAL),
+            StudyColumn("Cliff's delta", 2, INTERVAL),
+            StudyColumn("p", 3),
         ],
         rows,
         [
-            "Intervals resample dialogues; p is two-sided, by permutation, and not corrected for "
-            "the number of comparisons. With ten dialogues a group only large differences show."
+            "Intervals are 95 % and resample dialogues; p is two-sided, by permutation, and not "
+            "corrected for the number of comparisons. With ten dialogues a group only large "
+            "differences show."
         ],
         instrument.startswith("automatic"),
     )
@@ -336,7 +307,11 @@ def paper_tables(cells: Sequence[Cell]) -> list[StudyTable]:
     known = StudyTable(
         "paper_mia_ratio",
         "The paper's MI-adherent ratios",
-        [("Model", None), ("As reported", 2), ("Pooled from its own means", 2)],
+        [
+            StudyColumn("Model"),
+            StudyColumn("As reported", 2),
+            StudyColumn("Pooled from its own means", 2),
+        ],
         [[model, *pair] for model, pair in paper_study.MIA_RATIO.items()],
         [
             "In the paper's order of models."
@@ -352,11 +327,11 @@ def paper_tables(cells: Sequence[Cell]) -> list[StudyTable]:
             "paper_reproduced",
             "The paper's Table 6 means through our summary code",
             [
-                ("Group", None),
-                ("Summary score", None),
-                ("Reported", 2),
-                ("From its means", 2),
-                ("Result", None),
+                StudyColumn("Group"),
+                StudyColumn("Summary score"),
+                StudyColumn("Reported", 2),
+                StudyColumn("From its means", 2),
+                StudyColumn("Result"),
             ],
             [[c.group, LABELS[c.measure], c.reported, c.recomputed, c.verdict] for c in checks],
             ["Within 0.05 counts as reproduced: the paper rounds its means."],
@@ -376,19 +351,15 @@ def _spread(summary: GroupSummary, kind: str, name: str) -> Spread:
     return summary.global_scores[name] if kind == "global score" else summary.measures[name]
 
 
-def _cell(found: Spread) -> str | None:
-    """Mean, quartiles and n; None where no dialogue defines it."""
-    return f"{found.mean:.2f} {_quartiles(found, 2)} n {found.n}" if found.n else None
+def _cell(found: Spread, *, n: bool = True) -> list[Any] | None:
+    """Mean, quartiles and n as a SPREAD cell; None where no dialogue defines it."""
+    cell = [found.mean, found.q1, found.q3, found.n]
+    return cell[: 4 if n else 3] if found.n else None
 
 
-def _quartiles(found: Spread, digits: int) -> str | None:
-    return f"({found.q1:.{digits}f}–{found.q3:.{digits}f})" if found.n else None
-
-
-def _interval(estimate: Estimate) -> str | None:
-    if estimate.low is None or estimate.high is None:
-        return None
-    return f"{estimate.low:.2f} to {estimate.high:.2f}".replace("-", "−")
+def _estimate(estimate: Estimate) -> list[float | None] | None:
+    """An INTERVAL cell."""
+    return None if estimate.value is None else [estimate.value, estimate.low, estimate.high]
 
 
 def _threshold(measure: str) -> str | None:

@@ -15,28 +15,32 @@ from typing import Any, ClassVar
 
 from milm_ray.workspace import MANIFEST, Workspace
 
+INTERVAL = ("low", "high")
+
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number with its interval; a bound is None where there is none."""
+    """A number with its interval or quartiles, and the n it rests on; None where there is none."""
 
     mean: float | None
     low: float | None = None
     high: float | None = None
+    n: int | None = None
 
 
 @dataclass(frozen=True)
 class Column:
     """A column: `digits` decimals for floats; numbers stand right-aligned in equal-width digits.
 
-    interval: its cells are Estimates; wrap: its text may break over lines; least: a number below it
-    is shown as being below it.
+    parts: its cells are Estimates, and these are the names of what stands beside the number
+    (INTERVAL, or q1, q3 and n); wrap: its text is long and wants room; least: a number below it is
+    shown as being below it.
     """
 
     label: str
     digits: int | None = None
     numeric: bool = False
-    interval: bool = False
+    parts: tuple[str, ...] = ()
     wrap: bool = False
     least: float | None = None
 
@@ -67,20 +71,23 @@ class Table:
     def csv(self) -> str:
         """The table as CSV text, numbers in full precision, None as an empty cell.
 
-        A column with intervals becomes three: the number, its low and its high bound.
+        A column with parts becomes several: the number, and one for each part.
         """
-        head: list[str] = []
-        for column in self.columns:
-            head.append(column.label)
-            if column.interval:
-                head += [f"{column.label} low", f"{column.label} high"]
+        head = [
+            name
+            for column in self.columns
+            for name in (column.label, *(f"{column.label} {part}" for part in column.parts))
+        ]
         sink = io.StringIO()
         writer = csv.writer(sink, lineterminator="\n")
         writer.writerow(head)
         for row in self.rows:
             cells: list[Any] = []
-            for cell in row:
-                cells += [cell.mean, cell.low, cell.high] if isinstance(cell, Estimate) else [cell]
+            for column, cell in zip(self.columns, row, strict=True):
+                whole = [cell]
+                if isinstance(cell, Estimate):
+                    whole = [cell.mean, cell.low, cell.high, cell.n][: 1 + len(column.parts)]
+                cells += [*whole, *[None] * (1 + len(column.parts) - len(whole))]
             writer.writerow(["" if cell is None else cell for cell in cells])
         return sink.getvalue()
 

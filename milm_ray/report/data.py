@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from milm_ray.report import paper
 from milm_ray.report.blocks import (
+    INTERVAL,
     Column,
     Estimate,
     Facts,
@@ -180,7 +181,7 @@ def curation(ws: Workspace, found: Manifests) -> Section:
                 column
                 for scale in selection["rankings"]
                 for column in (
-                    Column(labels[scale], digits=2, numeric=True, interval=True),
+                    Column(labels[scale], digits=2, numeric=True, parts=INTERVAL),
                     Column(f"Place by {scale}", numeric=True),
                 )
             ),

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 from milm_ray.config import Config
 from milm_ray.report import breakdowns, paper
 from milm_ray.report.blocks import (
+    INTERVAL,
     Column,
     Estimate,
     Remark,
@@ -214,9 +215,9 @@ def _score_table(
         [
             Column("Model"),
             Column("Metric"),
-            Column("Base", digits=2, numeric=True, interval=True),
-            Column("MI-LLM", digits=2, numeric=True, interval=True),
-            Column("Gain", digits=2, numeric=True, interval=True),
+            Column("Base", digits=2, numeric=True, parts=INTERVAL),
+            Column("MI-LLM", digits=2, numeric=True, parts=INTERVAL),
+            Column("Gain", digits=2, numeric=True, parts=INTERVAL),
             Column("p", digits=3, numeric=True, least=0.001),
             Column("Paper, base → MI-LLM", numeric=True),
         ],

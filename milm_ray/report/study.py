@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from milm_ray.report.blocks import Column, Facts, Remark, Section, Table, absent
+from milm_ray.report.blocks import Column, Estimate, Facts, Remark, Section, Table, absent
 from milm_ray.report.run import source_list, usage
 from milm_ray.workspace import Workspace
 
@@ -76,18 +76,21 @@ def section(ws: Workspace, found: Manifests) -> Section:
 def _table(table: Mapping[str, Any]) -> Table:
     columns = [
         Column(
-            label,
-            digits=digits,
-            numeric=digits is not None,
-            wrap=label in ("Remark", "Groups", "Result"),
-            least=0.001 if label == "p" else None,
+            column["label"],
+            digits=column["digits"],
+            numeric=column["digits"] is not None,
+            parts=tuple(column["parts"]),
+            wrap=column["label"] in ("Remark", "Result"),
+            least=0.001 if column["label"] == "p" else None,
         )
-        for label, digits in table["columns"]
+        for column in table["columns"]
+    ]
+    rows = [
+        [Estimate(*cell) if isinstance(cell, list) else cell for cell in row]
+        for row in table["rows"]
     ]
     grouped = table["name"].partition("_")[0] in ("table5", "table6", "comparisons", "ratios")
-    return Table(
-        f"miti_{table['name']}", table["caption"], columns, table["rows"], table["foot"], grouped
-    )
+    return Table(f"miti_{table['name']}", table["caption"], columns, rows, table["foot"], grouped)
 
 
 def _simulator(manifest: Mapping[str, Any]) -> list[Any]:

@@ -1,4 +1,4 @@
-"""The score and report jobs as commands, and the page in a real browser at two widths.
+"""The score and report jobs as commands, and the page in a real browser at three widths.
 
 Where no Chromium is installed, the same content is asserted on the HTML itself.
 """
@@ -14,14 +14,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import miti_sample
 import pytest
 import report_sample
+
+from milm_ray.miti import codings, study, study_packet
+from milm_ray.report.stage import STAGE as REPORT
 
 ROOT = Path(__file__).parents[2]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
-# Widths in CSS pixels: a phone's and a desktop's.
-_WIDTHS = (390, 1280)
+# Widths in CSS pixels: a phone's, a small window's and a desktop's.
+_WIDTHS = (390, 1100, 1280)
+_PRINTED = 673  # what the margins leave of a sheet of A4
 
 _HARNESS = """<!doctype html><meta charset="utf-8"><body><script>
 const widths = {widths};
@@ -36,6 +41,9 @@ for (const width of widths) {{
     out.className = "measured";
     out.textContent = JSON.stringify({{
       width, scroll: page.documentElement.scrollWidth,
+      clipped: [...page.querySelectorAll(".scroll")]
+        .filter(table => table.scrollWidth > table.clientWidth)
+        .map(table => table.parentElement.id),
       images: [...page.images].map(image => image.naturalWidth),
       headings: [...page.querySelectorAll("h2")].map(heading => heading.textContent),
       text: page.body.innerText,
@@ -100,22 +108,50 @@ def test_page_shows_everything_at_phone_and_desktop_width(workspace: Path, tmp_p
         return
     for measured in _measure(report, tmp_path):
         assert measured["scroll"] <= measured["width"], "the page scrolls sideways"
+        assert measured["clipped"] == []
         assert len(measured["images"]) == 2
         assert all(width > 0 for width in measured["images"]), "an image did not load"
         assert "Base against MI-LLM" in measured["headings"]
         assert [piece for piece in wanted if piece not in measured["text"]] == []
 
 
-def _measure(report: str, folder: Path) -> list[dict]:
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="measures in Chromium")
+def test_no_table_of_the_study_is_clipped_on_screen_or_paper(tmp_path: Path) -> None:
+    """Two people, an automatic coder, comparisons, agreement and the paper's cells: all tables."""
+    paper = tmp_path / "cells.csv"
+    groups = [f"6,{name},affirm,3.5,2,4.25,10" for name in miti_sample.LINES]
+    paper.write_text("\n".join(["table,group,variable,mean,q1,q3,n", *groups]), encoding="utf-8")
+    config = miti_sample.config_of(tmp_path, f"miti.paper_cells={paper}")
+    ws, _ = miti_sample.with_sessions(config)
+    study_packet.run(config, ws)
+    for coder, score in (("anna", 4), ("ben", 2)):
+        miti_sample.filled(ws, coder, score)
+    for stage in (codings.STAGE, study.STAGE):
+        stage.run(config, ws)
+    for model in config.models:
+        ws.clear(f"adapters/{model}")
+    REPORT.run(config, ws)
+    report = ws.read_text("report", "index.html")
+    for measured in _measure(report, tmp_path):
+        assert "miti_comparisons_people" in report
+        assert measured["clipped"] == [], f"at {measured['width']} pixels"
+    printed = report.replace("@media print", "@media all").replace("@media screen", "@media none")
+    (measured,) = _measure(printed, tmp_path, (_PRINTED,))
+    assert measured["clipped"] == []
+    assert measured["scroll"] <= _PRINTED
+
+
+def _measure(report: str, folder: Path, widths: tuple[int, ...] = _WIDTHS) -> list[dict]:
     """The page's measures in Chromium, once per width."""
     # A closing script tag in the page's text would end the harness's own script.
     quoted = json.dumps(report).replace("</", "<\\/")
     harness = folder / "harness.html"
-    harness.write_text(_HARNESS.format(widths=json.dumps(_WIDTHS), report=quoted), encoding="utf-8")
+    harness.write_text(_HARNESS.format(widths=json.dumps(widths), report=quoted), encoding="utf-8")
     dom = _chromium(folder, "--virtual-time-budget=20000", "--dump-dom", harness.as_uri())
     found = re.findall(r'<pre class="measured">(.*?)</pre>', dom, flags=re.DOTALL)
     measures = [json.loads(html.unescape(text)) for text in found]
-    assert sorted(measure["width"] for measure in measures) == sorted(_WIDTHS)
+    assert sorted(measure["width"] for measure in measures) == sorted(widths)
     return measures
 
 

@@ -6,14 +6,13 @@ import json
 import pyarrow as pa
 import pytest
 from llm_server import right_answer
-from miti_sample import config_of, with_sessions
+from miti_sample import config_of, filled, with_sessions
 
 from milm_ray.errors import UserError
 from milm_ray.llm.exchange import Unusable
 from milm_ray.llm.replies import Reply, request_key
 from milm_ray.llm.reply_store import ReplyStore
 from milm_ray.miti import codings, study, study_packet
-from milm_ray.miti.coding_scheme import GLOBAL_NAMES
 from milm_ray.miti.llm_coder import Coder
 from milm_ray.miti.paper_study import Cell, read_cells, reproduce
 from milm_ray.miti.sheet import SheetError, read_csv
@@ -27,26 +26,6 @@ def sample(tmp_path):
     ws, _ = with_sessions(config)
     study_packet.run(config, ws)
     return config, ws
-
-
-def filled(ws, coder, score=3, code=lambda role, n: "Q" if role == "counselor" and n == 1 else ""):
-    """The coder's own CSV sheets of the packet, filled in and put where returned sheets go."""
-    folder = ws.local("sheets")
-    folder.mkdir(exist_ok=True)
-    for table in ("utterances", "globals"):
-        source = ws.local("packet", "sheets", f"{coder}-{table}.csv")
-        with source.open(encoding="utf-8-sig", newline="") as file:
-            rows = list(csv.DictReader(file))
-        for row in rows:
-            if table == "utterances":
-                row["code"] = code(row["speaker"], int(row["utterance"]))
-            else:
-                row |= {"target_behavior": "早睡", **dict.fromkeys(GLOBAL_NAMES, score)}
-        with (folder / source.name).open("w", encoding="utf-8-sig", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
-    return folder
 
 
 def tables_of(ws):
@@ -129,8 +108,10 @@ def test_automatic_codes_are_marked_and_say_what_they_do_not_cover(sample):
     assert "agreement" not in tables
     cells = dict(zip(labels, table6["rows"], strict=True))
     glm4, llama3 = cells["Persuade"][2:4]
-    assert glm4.startswith("0.00")
-    assert not llama3.startswith("0.00")
+    assert glm4[0] == 0
+    assert llama3[0] > 0
+    table = next(csv.DictReader(ws.read_text("study", "table6_trained_zh.csv").splitlines()))
+    assert table["MI-LLM glm4, simulated clients n"] == "3"
     assert csv.DictReader(ws.read_text("study", "table6_long.csv").splitlines())
 
 
@@ -143,11 +124,16 @@ def test_two_coders_sheets_become_tables_and_agreement(sample):
     study.run(config, ws)
     tables = tables_of(ws)
     people = {row[1]: row for row in tables["table6_people"]["rows"]}
-    assert people["Empathy"][2] == "3.00 (3.00–3.00) n 3"  # of 4 and 2, dialogue by dialogue
-    assert people["Question"][2].startswith("4.00")
+    assert people["Empathy"][2] == [
+        3,
+        3,
+        3,
+        3,
+    ]  # mean of 4 and 2, quartiles, n
+    assert people["Question"][2][0] == 4
     agreement = {(row[0], row[1]): row for row in tables["agreement"]["rows"]}
-    assert agreement["Codes of utterances", "Cohen's kappa"][2] == pytest.approx(1)
-    assert agreement["Empathy", "ICC(2,1), one coder"][2] == pytest.approx(0)
+    assert agreement["Codes of utterances", "Cohen's kappa"][2] == pytest.approx([1, 1, 1])
+    assert agreement["Empathy", "ICC(2,1), one coder"][2][0] == pytest.approx(0)
     assert "trained-zh against anna" in [r[0] for r in tables["agreement_automatic"]["rows"]]
     assert "table6_trained_zh" in tables
 
@@ -165,7 +151,7 @@ def test_an_adjudicated_coding_stands_in_for_the_coders_in_tables_not_in_agreeme
     study.run(config, ws)
     tables = tables_of(ws)
     people = {row[1]: row for row in tables["table6_people"]["rows"]}
-    assert people["Empathy"][2] == "4.00 (4.00–4.00) n 3"
+    assert people["Empathy"][2] == [4, 4, 4, 3]
     assert "2 coders" in tables["agreement"]["caption"]
     adjudicated = read_csv(
         folder / "adjudicated-utterances.csv", folder / "adjudicated-globals.csv", packet, "x"
@@ -239,7 +225,7 @@ def test_an_llms_codings_come_from_the_store_and_an_unusable_one_is_uncoded(tmp_
     tables = tables_of(ws)
     assert tables["table6_llm_m"]["automatic"]
     empathy = next(row for row in tables["table6_llm_m"]["rows"] if row[1] == "Empathy")
-    assert sorted(cell[-3:] for cell in empathy[2:4]) == ["n 2", "n 3"]  # the uncoded one is out
+    assert sorted(cell[-1] for cell in empathy[2:4]) == [2, 3]  # the uncoded one is out
     shown = json.loads(ws.read_text("study", "study.json"))["uncoded"]
     assert [(row["item_id"], row["coder"]) for row in shown] == [("item-03", "llm m")]
 
@@ -285,9 +271,9 @@ def test_the_papers_cells_stand_beside_ours(sample, tmp_path):
     study.run(config, ws)
     tables = tables_of(ws)
     table6 = tables["table6_trained_zh"]
-    column = [label for label, _ in table6["columns"]].index("Paper, glm4")
+    column = [c["label"] for c in table6["columns"]].index("Paper, glm4")
     affirm = next(row for row in table6["rows"] if row[1] == "Affirm")
-    assert affirm[column] == "3 (2–4) n 10"
+    assert affirm[column] == [3, 2, 4, 10]
     assert [row[-1] for row in tables["table4"]["rows"]] == ["17.4 / – / –", None]
     assert "paper_reproduced" in tables
 

@@ -17,7 +17,7 @@ from milm_ray.config import Config, load_config
 from milm_ray.miti import codings, study, study_packet
 from milm_ray.miti.paper_study import NOTES
 from milm_ray.report import paper
-from milm_ray.report.blocks import Column, Estimate, Table
+from milm_ray.report.blocks import INTERVAL, Column, Estimate, Table
 from milm_ray.report.stage import STAGE
 from milm_ray.workspace import Workspace
 
@@ -233,14 +233,26 @@ def test_unknown_cost_is_not_shown_as_zero(tmp_path: Path) -> None:
     assert "Cost, USD –" in text
 
 
-def test_csv_keeps_full_precision_and_splits_intervals() -> None:
+def test_csv_keeps_full_precision_and_splits_what_stands_beside_a_number() -> None:
     table = Table(
         "t",
         "",
-        [Column("Model"), Column("Score", digits=2, numeric=True, interval=True), Column("n")],
-        [["a", Estimate(1.23456, 1.0, 2.0), 3], ["b", Estimate(None), None]],
+        [
+            Column("Model"),
+            Column("Score", digits=2, numeric=True, parts=INTERVAL),
+            Column("Count", digits=1, numeric=True, parts=("q1", "q3", "n")),
+            Column("n"),
+        ],
+        [
+            ["a", Estimate(1.23456, 1.0, 2.0), Estimate(2, 1, 3, 10), 3],
+            ["b", Estimate(None), None, 4],
+        ],
     )
-    assert table.csv() == "Model,Score,Score low,Score high,n\na,1.23456,1.0,2.0,3\nb,,,,\n"
+    assert table.csv() == (
+        "Model,Score,Score low,Score high,Count,Count q1,Count q3,Count n,n\n"
+        "a,1.23456,1.0,2.0,2,1,3,10,3\n"
+        "b,,,,,,,,4\n"
+    )
 
 
 def test_groups_join_only_rows_that_follow_each_other() -> None:
