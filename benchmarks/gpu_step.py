@@ -1,6 +1,6 @@
 """Tokens a second and model FLOPs utilisation of the training step on a GPU.
 
-    python benchmarks/gpu_step.py [--layers 32] [--dialogues 8] [--tokens 1024] [--peer]
+    python benchmarks/gpu_step.py [--layers 32] [--dialogues 8] [--tokens 1024] [--peer] [--profile]
 
 LoRA of rank 8 on a randomly initialised Llama of the 8B shape, bf16, in one process without Ray.
 A step is 8 dialogues packed, half of their tokens with a label. The utilisation is the model's own
@@ -12,9 +12,10 @@ the same dialogues. Needs CUDA and about 20 GiB of GPU memory.
 from __future__ import annotations
 
 import argparse
-import gc
+import json
 import random
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -78,8 +79,10 @@ def matmul_rate() -> float:
     return best
 
 
-def ours(layers: int, settings: FinetuneSection, samples: list[Sample], steps: int) -> float:
-    """Median seconds of an optimizer step."""
+def ours(
+    layers: int, settings: FinetuneSection, samples: list[Sample], steps: int, profile: bool
+) -> float:
+    """Median seconds of an optimizer step. profile: print where a step's time goes."""
     engine = start_engine(with_lora(llama(layers), settings, TARGETS, 1), settings)
     groups = bins([len(s.input_ids) for s in samples], settings.pack_tokens)
     packs = [collate([samples[i] for i in group]) for group in groups]
@@ -91,10 +94,23 @@ def ours(layers: int, settings: FinetuneSection, samples: list[Sample], steps: i
         optimizer_step(engine, packs, labels, settings.learning_rate)
         torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
+    if profile:
+        from torch.profiler import ProfilerActivity
+        from torch.profiler import profile as record
+
+        with record(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as recorded:
+            optimizer_step(engine, packs, labels, settings.learning_rate)
+            torch.cuda.synchronize()
+        averages = recorded.key_averages()
+        print(
+            averages.table(sort_by="self_cuda_time_total", row_limit=25, max_name_column_width=55)
+        )
     return statistics.median(times[2:])
 
 
-def trainer(layers: int, settings: FinetuneSection, samples: list[Sample], steps: int) -> float:
+def trainer(
+    layers: int, settings: FinetuneSection, samples: list[Sample], steps: int, _profile: bool
+) -> float:
     """Mean seconds of an optimizer step of transformers' Trainer, after two to warm up."""
     from datasets import Dataset
     from peft import LoraConfig, get_peft_model
@@ -123,6 +139,8 @@ def trainer(layers: int, settings: FinetuneSection, samples: list[Sample], steps
             train_sampling_strategy="sequential",
             save_strategy="no",
             report_to=[],
+            disable_tqdm=True,
+            logging_strategy="no",
         )
         Trainer(
             model=tuned,
@@ -134,6 +152,14 @@ def trainer(layers: int, settings: FinetuneSection, samples: list[Sample], steps
     return (times[-1] - times[1]) / (len(times) - 2)
 
 
+# What is compared, and whether it computes the layers twice.
+SIDES: dict[str, tuple[Any, bool]] = {
+    "ours": (ours, False),
+    "ours, checkpointed": (ours, True),
+    "Trainer, checkpointed": (trainer, True),
+}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -142,8 +168,9 @@ def main() -> int:
     parser.add_argument("--dialogues", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=1024, help="of a dialogue, on average")
     parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--no-checkpointing", action="store_true", help="needs more memory")
     parser.add_argument("--peer", action="store_true", help="transformers' Trainer too")
+    parser.add_argument("--profile", action="store_true", help="the kernels of one of our steps")
+    parser.add_argument("--side", choices=sorted(SIDES), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print(
@@ -154,26 +181,37 @@ def main() -> int:
         return 2
     samples = dialogues(options.dialogues, options.tokens)
     tokens = sum(len(sample.input_ids) for sample in samples)
-    settings = FinetuneSection(
-        pack_tokens=tokens, gradient_checkpointing=not options.no_checkpointing, zero_stage=0
-    )
-    single_process()
+    if options.side:
+        side, checkpointed = SIDES[options.side]
+        settings = FinetuneSection(pack_tokens=tokens, gradient_checkpointing=checkpointed)
+        single_process()
+        seconds = side(options.layers, settings, samples, options.steps, options.profile)
+        print(json.dumps({"seconds": seconds, "peak": torch.cuda.max_memory_allocated()}))
+        return 0
     rate = matmul_rate()
-    flop = needed_flop(llama(options.layers, "meta"), settings.lora.rank, samples)
+    flop = needed_flop(llama(options.layers, "meta"), 8, samples)
     print(
         f"{torch.cuda.get_device_name()}: {rate / 1e12:,.0f} TFLOP/s in a bf16 product; "
-        f"{tokens:,} tokens a step, {flop / 1e12:,.0f} TFLOP"
+        f"{tokens:,} tokens a step, {flop / 1e12:,.0f} TFLOP",
+        flush=True,
     )
-    sides = {"ours": ours} | ({"Trainer": trainer} if options.peer else {})
-    for name, side in sides.items():
-        torch.cuda.reset_peak_memory_stats()
-        seconds = side(options.layers, settings, samples, options.steps)
+    # In a process each: what one leaves in the GPU's memory is not in the next one's peak.
+    torch.cuda.empty_cache()
+    for name in SIDES:
+        if name == "Trainer, checkpointed" and not options.peer:
+            continue
+        command = [sys.executable, __file__, *sys.argv[1:], "--side", name]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        *profile, last = done.stdout.splitlines()
+        found = json.loads(last)
         print(
-            f"{name:8} {tokens / seconds:8,.0f} tokens/s, {seconds:.2f} s a step, utilisation "
-            f"{flop / seconds / rate:.0%}, peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
+            *profile,
+            f"{name:22}{tokens / found['seconds']:8,.0f} tokens/s, {found['seconds']:.3f} s a step,"
+            f" utilisation {flop / found['seconds'] / rate:.0%}, "
+            f"peak {found['peak'] / 2**30:.1f} GiB",
+            sep="\n",
+            flush=True,
         )
-        gc.collect()
-        torch.cuda.empty_cache()
     return 0
 
 

@@ -54,8 +54,8 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
         empty = LlamaForCausalLM(config)
     model = empty.to(torch.bfloat16 if on_gpu else torch.float32).to_empty(device=device)
     for parameter in model.parameters():
-        # Any numbers do for a timing; a small pattern is quicker than a billion random draws.
-        parameter.data.fill_(0.01)
+        # A billion random draws take a CPU long, and its speed does not depend on them.
+        parameter.data.normal_(std=0.02) if on_gpu else parameter.data.fill_(0.01)
     model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
     settings = FinetuneSection(precision="bf16" if on_gpu else "fp32", gradient_checkpointing=False)
     draw = random.Random(1)
@@ -65,7 +65,7 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
         labels = [i if place >= len(ids) // 2 else -100 for place, i in enumerate(ids)]
         samples.append(Sample(str(number), ids, labels))
     pack = collate(samples)
-    tuned = with_lora(model, settings, TARGETS, 1)
+    tuned = with_lora(model, settings, TARGETS, 1).to(model.dtype)
     module = PackedLoss(tuned)
 
     def labels_only() -> Any:

@@ -201,7 +201,11 @@ class FinetuneSection(Section):
     pack_tokens: int = Field(
         8192, ge=1, description="tokens per forward pass; changes speed and memory, not gradients"
     )
-    gradient_checkpointing: bool = Field(True, description="LLaMA-Factory's default")
+    gradient_checkpointing: bool | None = Field(
+        None,
+        description="layers computed twice, to keep less (LLaMA-Factory: always); null: only where "
+        "memory would not do otherwise; changes speed and memory, not gradients",
+    )
     max_grad_norm: float = Field(1.0, gt=0, description="LLaMA-Factory's default")
     weight_decay: float = Field(0.0, ge=0, description="LLaMA-Factory's default")
     lora: LoraSection = LoraSection()

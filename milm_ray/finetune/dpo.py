@@ -194,7 +194,7 @@ def tune(
                 warmup_steps=settings.warmup_ratio,
                 per_device_train_batch_size=settings.batch_size,
                 gradient_accumulation_steps=settings.gradient_accumulation,
-                gradient_checkpointing=settings.gradient_checkpointing,
+                gradient_checkpointing=settings.gradient_checkpointing is not False,
                 gradient_checkpointing_kwargs={"use_reentrant": False},
                 max_grad_norm=settings.max_grad_norm,
                 weight_decay=settings.weight_decay,

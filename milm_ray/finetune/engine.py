@@ -18,6 +18,7 @@ from torch import distributed
 from milm_ray.config import FinetuneSection
 from milm_ray.finetune import lora
 from milm_ray.finetune.attention import use_packed_attention
+from milm_ray.finetune.fused import fuse_layers
 from milm_ray.finetune.packing import Pack
 from milm_ray.finetune.step import PackedLoss, pack_loss
 
@@ -97,6 +98,8 @@ def with_lora(
     tuned = get_peft_model(model, config, autocast_adapter_dtype=settings.zero_stage != 3)
     if settings.zero_stage != 3 and not settings.lora.dropout:
         lora.fuse(tuned)
+    if torch.cuda.is_available():
+        fuse_layers(model)
     tuned.train()
     return tuned
 

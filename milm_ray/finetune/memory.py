@@ -17,6 +17,10 @@ _ADAPTER_STATE = 4 + 8 + 4
 # Activations that one transformer layer keeps for its backward pass, in multiples of the hidden
 # size (norms, residuals, attention in and out) and of the MLP's inner size (gate, up, product).
 _KEPT_HIDDEN, _KEPT_INNER = 10, 4
+# The same with the fused layers of a GPU; 7.3 and 3 measured at 8B (benchmarks/gpu_step.py).
+_FUSED_HIDDEN, _FUSED_INNER = 8, 3
+# Share of the free memory that an estimate may take for a run to do without checkpointing.
+_SAFE = 0.9
 # The head works through label places in chunks of this many (step.py), fp32 logits and their copy.
 _HEAD_BYTES = 8
 
@@ -51,11 +55,12 @@ def estimate(
     workers: int,
     tokens: int,
     head_rows: int,
+    fused: bool = False,
 ) -> Estimate:
-    """Memory of one worker.
+    """Memory of one worker; with gradient checkpointing unless the settings say false.
 
     architecture: the base's config.json (Llama or Glm layout). tokens: of the longest forward pass.
-    head_rows: label places that the head works on at a time.
+    head_rows: label places that the head works on at a time. fused: see finetune.fused.
     """
     hidden, layers = architecture["hidden_size"], architecture["num_hidden_layers"]
     inner, vocabulary = architecture["intermediate_size"], architecture["vocab_size"]
@@ -76,12 +81,45 @@ def estimate(
     ends = 2 * (hidden + queries) + 2 * (hidden + keys) + 3 * (hidden + inner)
     adapter = layers * settings.lora.rank * ends * (size + _ADAPTER_STATE)
 
-    kept = tokens * (_KEPT_HIDDEN * hidden + _KEPT_INNER * inner) * size
-    if settings.gradient_checkpointing:
+    by_hidden, by_inner = (_FUSED_HIDDEN, _FUSED_INNER) if fused else (_KEPT_HIDDEN, _KEPT_INNER)
+    kept = tokens * (by_hidden * hidden + by_inner * inner) * size
+    if settings.gradient_checkpointing is not False:
         activations = layers * tokens * hidden * size + kept
     else:
         activations = layers * kept
     return Estimate(weights, adapter, activations, head_rows * vocabulary * _HEAD_BYTES)
+
+
+def settle(
+    model: str,
+    architecture: Mapping[str, Any],
+    settings: FinetuneSection,
+    workers: int,
+    tokens: int,
+    head_rows: int,
+    device: Any,
+) -> tuple[FinetuneSection, Estimate]:
+    """The settings with gradient checkpointing decided, and what they need (see estimate).
+
+    Where the settings leave it open, layers are computed twice only if some worker's memory would
+    not do otherwise: all workers take part, and decide alike. UserError when memory will not do.
+    """
+    import torch
+    from torch import distributed
+
+    fused = torch.device(device).type == "cuda"
+
+    def need(choice: FinetuneSection) -> Estimate:
+        return estimate(architecture, choice, workers, tokens, head_rows, fused)
+
+    if settings.gradient_checkpointing is None:
+        plain = settings.model_copy(update={"gradient_checkpointing": False})
+        fits = torch.tensor(need(plain).total < _SAFE * _free(device), device=device).int()
+        if distributed.is_initialized():
+            distributed.all_reduce(fits, distributed.ReduceOp.MIN)
+        settings = settings.model_copy(update={"gradient_checkpointing": not bool(fits)})
+    check(model, need(settings), device)
+    return settings, need(settings)
 
 
 def check(model: str, need: Estimate, device: Any) -> None:

@@ -107,14 +107,15 @@ def train(
     )
     lengths = [len(sample.input_ids) for sample in (*data.samples, *held_out.samples)]
     longest = max(settings.pack_tokens, *lengths)
-    need = memory.estimate(
+    settings, need = memory.settle(
+        task.model,
         json.loads((Path(task.base) / "config.json").read_text(encoding="utf-8")),
         settings,
         workers,
         min(longest, data.tokens),
         HEAD_ROWS,
+        device,
     )
-    memory.check(task.model, need, device)
     if rank == 0:
         apart = f", {len(held_out.samples)} held out" if held else ""
         say(f"{schedule.steps} steps on {len(data.samples)} samples{apart}; {need.text()}")
