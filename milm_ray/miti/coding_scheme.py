@@ -8,6 +8,7 @@ A *volley* is a counsellor's uninterrupted speech. An *utterance* is one complet
 it and carries at most one code.
 """
 
+import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -176,7 +177,8 @@ _BY_TOKEN = {token: code.name for code in CODES for token in (code.name, code.sh
 
 def code_name(text: str) -> str | None:
     """The code that a coder wrote, by name or by short form in any case; None when unknown."""
-    return _BY_TOKEN.get(text.strip().lower().replace(" ", "_").replace("-", "_"))
+    plain = unicodedata.normalize("NFKC", text)  # a Chinese keyboard's full-width letters too
+    return _BY_TOKEN.get(plain.strip().lower().replace(" ", "_").replace("-", "_"))
 
 
 def volley_faults(codes: Iterable[str]) -> list[str]:

@@ -54,7 +54,9 @@ class CodingStore:
         with self._open() as db:
             db.executescript(_TABLES)
             known = [row[0] for row in db.execute("select digest from packet")]
-            if known and known != [mark]:
+            if known and known != [mark] and not _begun(db):
+                db.execute("delete from packet")
+            elif known and known != [mark]:
                 raise UserError(
                     f"{path} holds codes of another packet: its dialogues have changed since",
                     "finish the old packet first, or move the file away to start anew",
@@ -65,6 +67,17 @@ class CodingStore:
     def of(cls, workspace: Workspace, items: Sequence[Item]) -> CodingStore:
         """The store of a workspace on a local or mounted path."""
         return cls(workspace.local(FOLDER, FILE), items)
+
+    @staticmethod
+    def begun(workspace: Workspace) -> bool:
+        """Whether anybody has coded anything on the page."""
+        if not workspace.exists(FOLDER, FILE):
+            return False
+        db = sqlite3.connect(workspace.local(FOLDER, FILE))
+        try:
+            return _begun(db)
+        finally:
+            db.close()
 
     @staticmethod
     def digest_of(workspace: Workspace) -> str:
@@ -231,6 +244,10 @@ class CodingStore:
     def _unfinished(self, db: sqlite3.Connection, coder: str, item_id: str) -> None:
         if _state(db, coder, item_id)["finished"]:
             raise Refused("this dialogue is finished; open it again to change it")
+
+
+def _begun(db: sqlite3.Connection) -> bool:
+    return db.execute("select 1 from items limit 1").fetchone() is not None
 
 
 def _state(db: sqlite3.Connection, coder: str, item_id: str) -> dict[str, Any]:

@@ -25,13 +25,13 @@ from milm_ray.miti.coding_store import ADJUDICATED, CodingStore
 from milm_ray.miti.llm_coder import PROMPT, Coder
 from milm_ray.miti.packet import Packet
 from milm_ray.miti.sheet import CodedItem, SheetError, read_csv, read_xlsx
+from milm_ray.miti.study_packet import SHEETS
 from milm_ray.miti.summary import Coding
 from milm_ray.prompts import load
 from milm_ray.schema import CODINGS
 from milm_ray.workspace import MANIFEST, Workspace, digest
 
 ARTIFACT = "codings"
-SHEETS = "sheets"
 MAPPED = "AnnoMI labels"
 
 
@@ -45,7 +45,8 @@ def _sheet_files(config: Config, workspace: Workspace) -> list[Path]:
     folder = _sheet_folder(config, workspace)
     if folder is None:
         return []
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in (".xlsx", ".csv"))
+    # Not what an open workbook and the system leave beside the sheets.
+    return sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith(("~$", ".")))
 
 
 def _fingerprint(config: Config, workspace: Workspace) -> dict[str, Any]:
@@ -159,8 +160,13 @@ def import_people(config: Config, workspace: Workspace, packet: Packet) -> list[
     sheets: dict[str, list[Path]] = {}
     for path in files:
         coder = path.stem.removesuffix("-utterances").removesuffix("-globals")
-        if coder not in names:
-            faults.append(f"{path.name}: {coder!r} is not among miti.coders ({_listed(names)})")
+        if path.suffix.lower() not in (".xlsx", ".csv"):
+            faults.append(f"{path.name}: neither .xlsx nor .csv; save it as one of the two")
+        elif coder not in names:
+            faults.append(
+                f"{path.name}: {coder!r} is not among miti.coders ({_listed(names)}); name a sheet "
+                "after its coder"
+            )
         else:
             sheets.setdefault(coder, []).append(path)
     for coder, paths in sheets.items():
@@ -174,7 +180,7 @@ def import_people(config: Config, workspace: Workspace, packet: Packet) -> list[
             faults.append(f"{coder} has both a sheet and finished items on the coding page")
         found[coder] = [coded for coded in on_page if coded.coder == coder]
     if faults:
-        raise SheetError("the study", faults)
+        raise SheetError("coders", faults)
     return [coded for coder in sorted(found) for coded in found[coder]]
 
 

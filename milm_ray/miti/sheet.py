@@ -46,9 +46,10 @@ class SheetError(UserError):
         listed = "\n".join(f"  - {fault}" for fault in faults[:_SHOWN])
         if len(faults) > _SHOWN:
             listed += f"\n  … and {len(faults) - _SHOWN} more"
+        many = f"{len(faults)} faults" if len(faults) != 1 else "one fault"
         super().__init__(
-            f"{coder}'s sheet has {len(faults)} fault(s); nothing was imported:\n{listed}",
-            "correct these cells in the sheet and import it again",
+            f"{coder} returned sheets with {many}; nothing was imported:\n{listed}",
+            "correct this in the sheets and run the job again",
         )
 
     def __reduce__(self) -> tuple[type, tuple[Any, ...]]:

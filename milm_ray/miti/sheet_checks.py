@@ -12,6 +12,7 @@ from milm_ray.miti.coding_scheme import CODES, GLOBAL_NAMES, code_name, volley_f
 from milm_ray.miti.packet import Packet
 
 UTTERANCES, GLOBAL_SHEET = "utterances", "globals"
+_A_FEW = 10
 NO_CODES = "no codes"  # in an item's comment: the coder means that nothing is to be coded
 Row = tuple[int, dict[str, Any]]  # the row's number in its sheet, its cells by column
 Place = tuple[int, int]  # volley, utterance
@@ -57,6 +58,7 @@ def check_utterances(
     }
     codes: dict[str, dict[Place, str]] = {item_id: {} for item_id in expected}
     seen: dict[tuple[str, Place], int] = {}
+    edited: list[tuple[int, str]] = []
     for number, cells in rows:
         where = f"{UTTERANCES}, row {number}"
         item_id = _text(cells["item"])
@@ -76,7 +78,7 @@ def check_utterances(
         seen[item_id, place] = number
         role, text = expected[item_id][place]
         if _squeezed(cells["text"]) != _squeezed(text):
-            faults.append(f"{where}: the text of {named} was edited; restore it from the packet")
+            edited.append((number, named))
         code = _code(cells["code"], where, faults)
         if code and role == "client":
             faults.append(f"{where}: {code} is given to a client's utterance")
@@ -86,9 +88,25 @@ def check_utterances(
         absent = [place for place in places if (item_id, place) not in seen]
         if absent:
             first = f"the first being volley {absent[0][0]}, utterance {absent[0][1]}"
-            faults.append(f"{UTTERANCES}: {len(absent)} rows of {item_id} are missing, {first}")
+            many, are = (f"{len(absent)} rows", "are") if len(absent) > 1 else ("a row", "is")
+            faults.append(f"{UTTERANCES}: {many} of {item_id} {are} missing, {first}")
+    faults += _edits(edited, len(seen))
     _check_rules(codes, seen, faults)
     return codes
+
+
+def _edits(edited: Sequence[tuple[int, str]], rows: int) -> list[str]:
+    """Texts that are not the packet's; nobody edits most of a sheet, so then there is one cause."""
+    if len(edited) > max(_A_FEW, rows // 2):
+        return [
+            f"{UTTERANCES}, rows {edited[0][0]} to {edited[-1][0]}: {len(edited)} of {rows} texts "
+            "are not the packet's: the spreadsheet saved them in an encoding without Chinese "
+            "(choose CSV UTF-8, or return the workbook), or the sheet is of another packet"
+        ]
+    return [
+        f"{UTTERANCES}, row {number}: the text of {named} was edited; restore it from the packet"
+        for number, named in edited
+    ]
 
 
 def _check_rules(

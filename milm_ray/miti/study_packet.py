@@ -21,6 +21,7 @@ from milm_ray.config import Config
 from milm_ray.errors import UserError
 from milm_ray.job import Plan, Stage, finished
 from milm_ray.miti import annomi
+from milm_ray.miti.coding_store import FOLDER, CodingStore
 from milm_ray.miti.packet import GIVE_AWAYS, Candidate, Item, Packet, make_packet
 from milm_ray.miti.sheet import write_csv, write_xlsx
 from milm_ray.miti.volleys import Volley
@@ -30,6 +31,7 @@ from milm_ray.workspace import MANIFEST, Workspace
 ARTIFACT, KEY = "packet", "packet_key"
 SESSIONS = ("sessions/simulated", "sessions/human")
 REAL = "Real (AnnoMI)"
+SHEETS = "sheets"  # where coders' sheets come back
 
 
 def group_of(session: Mapping[str, Any]) -> str:
@@ -100,6 +102,7 @@ def run(config: Config, workspace: Workspace) -> Mapping[str, Any]:
             "run jobs/simulate.py, hold sessions in the chat page, or give miti.annomi=FILE",
         )
     packet = make_packet(found, config.seed)
+    _keep_coded(config, workspace, packet)
     workspace.clear(ARTIFACT)
     workspace.clear(KEY)
     workspace.write_text(_json(_packet_rows(packet)), ARTIFACT, "packet.json")
@@ -126,6 +129,24 @@ def run(config: Config, workspace: Workspace) -> Mapping[str, Any]:
     # The coders' copy says nothing of the groups, not even how many there are.
     shared["counts"] = {"dialogues": len(key), "hidden": sum(packet.masked.values())}
     return workspace.commit(ARTIFACT, **shared)
+
+
+def _keep_coded(config: Config, workspace: Workspace, packet: Packet) -> None:
+    """Raises UserError when people have begun to code a packet of other dialogues than this."""
+    if not workspace.exists(ARTIFACT, MANIFEST) or load_items(workspace) == packet.items:
+        return
+    folder = Path(config.miti.sheets) if config.miti.sheets else None
+    if folder is None and workspace.exists(SHEETS):
+        folder = workspace.local(SHEETS)
+    begun = [str(folder)] if folder and any(folder.iterdir()) else []
+    if CodingStore.begun(workspace):
+        begun.append(str(workspace.local(FOLDER)))
+    if begun:
+        raise UserError(
+            "the dialogues are no longer those of packet/, which people have begun to code "
+            f"({', '.join(begun)}): sessions/ or the settings of miti have changed",
+            "give the settings that made packet/, or move people's work away to begin anew",
+        )
 
 
 def candidates(

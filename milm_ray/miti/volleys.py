@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from milm_ray.schema import Role, Turn
 
 # A sentence with its closing marks and quotes, or a line's rest without them.
-# English sentences also end in a full stop; a following capital keeps "e.g. this" and "2.5" whole.
-_ENGLISH_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z\"“'])")
+# English sentences also end in a full stop; a following capital keeps "e.g. this" and "2.5" whole,
+# and what stands before the stop keeps "Mrs. Smith".
+_TITLES = r"(?<!\bMr\.)(?<!\bMs\.)(?<!\bDr\.)(?<!\bMrs\.)"
+_ENGLISH_END = re.compile(rf"(?<=[.!?]){_TITLES}\s+(?=[A-Z\"“'])")
 _SENTENCE = re.compile(r"[^。！？!?…\n]*[。！？!?…]+[”’」』）)\"']*|[^。！？!?…\n]+")
 
 

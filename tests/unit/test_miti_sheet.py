@@ -180,7 +180,7 @@ def test_missing_double_and_unknown_rows_are_named(tmp_path):
     message = faults(tmp_path, work, [*utterances[:-1], again, unknown], scores)
     assert "is there already, in row 2" in message
     assert "volley 99, utterance 1 is not in the packet" in message
-    assert "rows of item-02 are missing" in message
+    assert "a row of item-02 is missing" in message
 
 
 def test_a_half_finished_sheet_is_refused_unless_the_coder_says_no_codes(tmp_path):
@@ -250,6 +250,7 @@ def test_volleys_join_a_speakers_neighbouring_turns():
         ("嗯……我明白\n那么呢", ["嗯……", "我明白", "那么呢"]),
         ("真的吗？！", ["真的吗？！"]),
         ("……好。", ["……", "好。"]),
+        ("Hi, Mrs. Smith. I am Dr. Lee.", ["Hi, Mrs. Smith.", "I am Dr. Lee."]),
     ],
 )
 def test_utterances_are_sentences(text, parts):
@@ -259,3 +260,27 @@ def test_utterances_are_sentences(text, parts):
 @given(st.text(st.sampled_from("我你好。！？…”\n 、，a1")))
 def test_no_character_is_lost_by_splitting(text):
     assert "".join("".join(split_utterances(text)).split()) == "".join(text.split())
+
+
+def test_a_sheet_that_lost_its_chinese_is_one_fault_not_one_a_row(tmp_path):
+    turns = [Turn(("client", "counselor")[n % 2], f"第{n}句话。") for n in range(24)]
+    work = make_packet([Candidate("d", "llama3", turns)], seed=1)
+    path, scores = sheet.write_csv(work.items, tmp_path, "anna")
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        rows = list(csv.reader(file))
+    for row in rows[1:]:
+        row[4] = "".join(c if c.isascii() else "?" for c in row[4])
+    with path.open("w", encoding="utf-8-sig", newline="") as file:
+        csv.writer(file).writerows(rows)
+    with pytest.raises(sheet.SheetError) as caught:
+        sheet.read_csv(path, scores, work, "anna")
+    (of_texts,) = [f for f in caught.value.faults if "text" in f]
+    assert of_texts.startswith("utterances, rows 2 to 25: 24 of 24 texts are not the packet's")
+
+
+def test_codes_of_a_chinese_keyboard_are_known(tmp_path):
+    work, utterances, scores = finished(tmp_path)
+    for row in utterances[1:]:
+        row[5] = {"Q": "Ｑ", "sr": "ｓｒ"}.get(row[5], row[5])
+    wide = read_back(tmp_path, work, utterances, scores)
+    assert wide == read_back(tmp_path, *finished(tmp_path))

@@ -13,6 +13,7 @@ from milm_ray.llm.exchange import Unusable
 from milm_ray.llm.replies import Reply, request_key
 from milm_ray.llm.reply_store import ReplyStore
 from milm_ray.miti import codings, study, study_packet
+from milm_ray.miti.coding_store import CodingStore
 from milm_ray.miti.llm_coder import Coder
 from milm_ray.miti.paper_study import Cell, read_cells, reproduce
 from milm_ray.miti.sheet import SheetError, read_csv
@@ -177,6 +178,39 @@ def test_faults_of_all_sheets_are_named_and_nothing_is_imported(sample):
     (folder / "ben-globals.csv").unlink()
     with pytest.raises(SheetError, match=r"give ben\.xlsx, or ben-utterances\.csv with"):
         codings.run(config, ws)
+
+
+def test_a_sheet_of_another_kind_is_not_passed_over_in_silence(sample):
+    config, ws = sample
+    folder = filled(ws, "anna")
+    (folder / "~$anna.xlsx").write_bytes(b"left by a spreadsheet that has the workbook open")
+    (folder / "ben.xls").write_bytes(b"\xd0\xcf\x11\xe0")
+    with pytest.raises(SheetError, match=r"ben\.xls: neither \.xlsx nor \.csv"):
+        codings.run(config, ws)
+    (folder / "ben.xls").unlink()
+    assert codings.run(config, ws)["still_to_code"] == {"ben": 6}
+
+
+def test_a_packet_that_people_have_begun_to_code_is_not_replaced(sample):
+    config, ws = sample
+    before = ws.read_text("packet", "packet.json")
+    store = CodingStore.of(ws, study_packet.load_items(ws))
+    other = config_of(ws.local().parent, "seed=8")
+    study_packet.run(other, ws)  # nobody has coded yet
+    assert ws.read_text("packet", "packet.json") != before
+    study_packet.run(config, ws)
+
+    store.set_score("anna", "item-01", "empathy", 3)
+    with pytest.raises(UserError, match="which people have begun to code"):
+        study_packet.run(other, ws)
+    assert ws.read_text("packet", "packet.json") == before
+    more = config_of(ws.local().parent, "miti.coders=[anna,ben,carl]")
+    study_packet.run(more, ws)  # the same dialogues for one more coder
+    assert CodingStore.of(ws, study_packet.load_items(ws)).coders() == ["anna"]
+    ws.clear("coding")
+    filled(ws, "ben")
+    with pytest.raises(UserError, match="which people have begun to code"):
+        study_packet.run(other, ws)
 
 
 def test_an_llm_coder_is_parsed_strictly(sample):
