@@ -45,6 +45,9 @@ def _known_chat_format(value: str, info: ValidationInfo) -> str:
 class RaySection(Section):
     num_cpus: int | None = Field(None, ge=1, description="CPUs of a local cluster; None: all")
     dashboard: bool = Field(False, description="dashboard of a local cluster")
+    log: Literal["text", "json"] = Field(
+        "text", description="a job's log: for people, or a JSON object a line with job and stage"
+    )
 
 
 class CorpusSource(Section):

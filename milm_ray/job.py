@@ -10,15 +10,20 @@ import argparse
 import itertools
 import logging
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any
 
+from milm_ray import logs
 from milm_ray.config import Config, load_config
 from milm_ray.errors import EXIT_FAILED, UserError
+from milm_ray.nodes import check_reach
 from milm_ray.workspace import Workspace
 
 log = logging.getLogger("milm_ray")
@@ -81,15 +86,12 @@ def main(description: str, stages: Sequence[Stage], argv: Sequence[str] | None =
     before the configuration and every input path have been checked.
     """
     options = _arguments(description, argv)
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout
-    )
-    for noisy in ("httpx", "httpcore", "openai", "jieba", "matplotlib", "ray.data"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    _end_on_sigterm()
     try:
         wanted = {section for stage in stages for section in stage.check_paths}
         formats = next((s.chat_formats for s in stages if s.chat_formats is not None), None)
         config = load_config(options.config, options.override, sorted(wanted), formats)
+        logs.set_up(config.ray.log)
         workspace = Workspace.open(config.workspace)
         plans = [(stage, stage.plan(config, workspace)) for stage in stages]
         log.info("workspace: %s", workspace.uri)
@@ -117,6 +119,7 @@ def main(description: str, stages: Sequence[Stage], argv: Sequence[str] | None =
 
 def _run_stage(stage: Stage, config: Config, workspace: Workspace, where: str) -> None:
     started = time.time()
+    logs.enter_stage(stage.name)
     log.info("%s %s | start", where, stage.name)
     manifest = stage.run(config, workspace)
     log.info(
@@ -147,7 +150,10 @@ def _arguments(description: str, argv: Sequence[str] | None) -> argparse.Namespa
 
 
 def connect(config: Config) -> None:
-    """Join the cluster named by RAY_ADDRESS (as in a submitted job), or start a local one."""
+    """Join the cluster named by RAY_ADDRESS (as in a submitted job), or start a local one.
+
+    Raises UserError where a node of the cluster does not reach the workspace.
+    """
     # All are read when Ray is imported. With RAY_DEDUP_LOGS Ray takes the progress lines of models
     # that train side by side for repetitions and swallows them.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -162,6 +168,8 @@ def connect(config: Config) -> None:
         return
     if os.environ.get("RAY_ADDRESS"):
         ray.init(address="auto", log_to_driver=True, logging_level=logging.WARNING)
+        _end_on_sigterm()  # Ray has just set its own
+        check_reach(Workspace.open(config.workspace))
         return
     ray.init(
         address="local",
@@ -169,6 +177,22 @@ def connect(config: Config) -> None:
         include_dashboard=config.ray.dashboard,
         logging_level=logging.WARNING,
     )
+    _end_on_sigterm()
+
+
+def _end_on_sigterm() -> None:
+    """On SIGTERM (`ray job stop`, a pod's end) say so as the last line, and end at once.
+
+    Nothing is waited for: SIGKILL follows within seconds, and a run goes on from what it has
+    written however it ended. What runs on the cluster for this job ends with its driver.
+    """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _stopped)
+
+
+def _stopped(_signal: int, _frame: FrameType | None) -> None:
+    os.write(2, b"stopped; run the same command again to resume\n")
+    os._exit(EXIT_FAILED)
 
 
 def finished(workspace: Workspace, artifact: str, fingerprint: Mapping[str, Any]) -> bool:

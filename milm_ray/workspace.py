@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -29,6 +30,7 @@ from pydantic import BaseModel
 from milm_ray.errors import UserError
 
 MANIFEST = "manifest.json"
+_TEMPORARY = ".tmp"
 _VERSIONS = ("milm_ray", "ray", "torch", "transformers", "peft", "deepspeed", "pyarrow")
 
 
@@ -121,7 +123,8 @@ class Workspace:
     def write_bytes(self, data: bytes, *parts: str) -> None:
         target = self.path(*parts)
         self.filesystem.create_dir(target.rsplit("/", 1)[0], recursive=True)
-        temporary = f"{target}.{os.getpid()}.tmp"
+        # Two nodes may write the same file, one of them given up for dead.
+        temporary = f"{target}.{uuid.uuid4().hex}{_TEMPORARY}"
         try:
             with self.filesystem.open_output_stream(temporary) as stream:
                 stream.write(data)
@@ -195,6 +198,7 @@ class Workspace:
         """
         if isinstance(settings, BaseModel):
             settings = settings.model_dump(mode="json")
+        self._sweep(artifact)
         manifest = {
             "artifact": artifact,
             "stage": stage,
@@ -210,6 +214,13 @@ class Workspace:
         text = json.dumps(manifest, ensure_ascii=False, indent=1, default=str)
         self.write_text(text, artifact, MANIFEST)
         return manifest
+
+    def _sweep(self, artifact: str) -> None:
+        """Remove the files that a writer was killed over."""
+        selector = pafs.FileSelector(self.path(artifact), recursive=True, allow_not_found=True)
+        for info in self.filesystem.get_file_info(selector):
+            if info.base_name.endswith(_TEMPORARY):
+                self.filesystem.delete_file(info.path)
 
     def _content_digest(self, artifact: str) -> str:
         """sha256 over the artifact's files (name and content), whatever their order on disk."""

@@ -175,6 +175,7 @@ def error(status: int, message: str, headers: dict[str, str] | None = None) -> w
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--key", default="test-key-123456")
     parser.add_argument("--log", help="file to append one JSON line per event to")
@@ -199,7 +200,7 @@ async def main() -> None:
     app.router.add_post("/v1/chat/completions", server.chat)
     runner = web.AppRunner(app, access_log=None)
     await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", server.options.port, backlog=4096)
+    site = web.TCPSite(runner, server.options.host, server.options.port, backlog=4096)
     await site.start()
     print(runner.addresses[0][1], flush=True)
     parent = os.getppid()

@@ -14,17 +14,17 @@ KEY = "test-key-123456"
 class ServerProcess:
     """The misbehaving server; options as on its command line, `rate_limited=0.3`."""
 
-    def __init__(self, log: Path, port: int = 0, **options: Any) -> None:
+    def __init__(self, log: Path, port: int = 0, host: str = "127.0.0.1", **options: Any) -> None:
         self.log = log
         command = [sys.executable, str(Path(__file__).with_name("llm_server.py"))]
-        command += ["--log", str(log), "--port", str(port), "--key", KEY]
+        command += ["--log", str(log), "--host", host, "--port", str(port), "--key", KEY]
         for name, value in options.items():
             command += [f"--{name.replace('_', '-')}"]
             command += [] if value is True else [str(value)]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert self.process.stdout is not None
         self.port = int(self.process.stdout.readline())
-        self.url = f"http://127.0.0.1:{self.port}/v1"
+        self.url = f"http://{host}:{self.port}/v1"
 
     def __enter__(self) -> ServerProcess:
         return self

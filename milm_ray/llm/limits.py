@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 from milm_ray.config import LLMSection
 from milm_ray.errors import UserError
+from milm_ray.nodes import ON_HEAD
 
 log = logging.getLogger("milm_ray")
 
@@ -236,6 +237,7 @@ def shared_limits(settings: LLMSection, spent: float = 0.0) -> SharedLimits:
                 lifetime="detached",
                 get_if_exists=True,
                 num_cpus=0,
+                resources=dict(ON_HEAD),  # the loss of another node must not end every job
                 max_concurrency=100_000,
             )
             .remote(settings)
