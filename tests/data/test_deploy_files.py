@@ -48,6 +48,17 @@ def test_the_clusters_differ_only_in_where_they_run():
         assert [c.replace("/home/ubuntu/", "/home/ray/") for c in cloud[key]] == own[key]
 
 
+@pytest.mark.parametrize("name", ["cluster.yaml", "deploy/cluster-onprem.yaml"])
+def test_no_node_of_the_clusters_answers_without_the_token(name: str):
+    """A node that `ray start` makes asks for a token only where it is told to."""
+    config = read(ROOT / name)
+    assert [mount for mount in config["file_mounts"] if mount.endswith("/.ray/auth_token")]
+    for key in ("head_start_ray_commands", "worker_start_ray_commands"):
+        starts = [command for command in config[key] if "ray start" in command]
+        assert starts
+        assert all(command.startswith("RAY_AUTH_MODE=token ") for command in starts)
+
+
 def serve_configs() -> list[tuple[str, str]]:
     service = read(ROOT / "deploy" / "kuberay" / "rayservice.yaml")
     return [
