@@ -34,7 +34,12 @@ def score_pair(reference: str, prediction: str) -> dict[str, float]:
 
     >>> score_pair("你最近睡得怎么样？", "你最近睡得好吗？")["rouge_1"]
     72.7273
+
+    Raises TypeError for what is not a text; the reply that a model did not give is "".
     """
+    for name, text in (("reference", reference), ("prediction", prediction)):
+        if not isinstance(text, str):
+            raise TypeError(f'{name} is {text!r}, not a text; give "" for a missing one')
     return {name: float(v[0]) for name, v in score_pairs([reference], [prediction]).items()}
 
 

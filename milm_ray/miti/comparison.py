@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from milm_ray.miti.summary import Coding, CodingError, dialogue_values
+from milm_ray.miti.summary import RATIOS, Coding, CodingError, dialogue_values, ratio_parts
 
 Values = NDArray[np.float64]
 RESAMPLES = 2000
@@ -33,7 +33,8 @@ class Comparison:
 
     hedges_g is the standardised mean difference with the small-sample correction (Hedges 1981);
     cliffs_delta is P(second > first) - P(second < first), which needs no normal distribution
-    (Cliff 1993); p is of a two-sided permutation test of the means.
+    (Cliff 1993); p is of a two-sided permutation test of the means. pooled: a ratio of summed
+    counts, which has no effect size.
     """
 
     variable: str
@@ -43,6 +44,7 @@ class Comparison:
     hedges_g: Estimate
     cliffs_delta: Estimate
     p: float | None
+    pooled: bool = False
 
 
 def compare(
@@ -59,12 +61,102 @@ def compare(
     CodingError when one group was coded by people and the other automatically.
     """
     a, b = dialogue_values(first), dialogue_values(second)
+    _same_way(first, second)
+    return [_compare(name, a[name], b[name], resamples, seed) for name in a]
+
+
+def compare_pooled(
+    first: Sequence[Coding],
+    second: Sequence[Coding],
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> list[Comparison]:
+    """The ratios of summed counts in two groups, where a dialogue weighs by what it holds.
+
+    A mean of ratios gives a dialogue with one reflection the weight of one with forty. Intervals
+    resample dialogues, and p permutes them. Ratios outside the coders' scope are left out. Raises
+    CodingError as `compare` does.
+    """
+    _same_way(first, second)
+    found = []
+    for ratio in RATIOS:
+        x, y = ratio_parts(first, ratio), ratio_parts(second, ratio)
+        if x is None or y is None:
+            continue
+        rng = np.random.default_rng(seed)
+        enough = min(len(x), len(y)) >= 2
+        drawn = _pooled_draws(y, resamples, rng) - _pooled_draws(x, resamples, rng)
+        value = float(_pooled(y.sum(axis=0)) - _pooled(x.sum(axis=0)))
+        nothing = Estimate(None, None, None)
+        found.append(
+            Comparison(
+                ratio,
+                len(x),
+                len(y),
+                _estimate(value, drawn if enough else None),
+                nothing,
+                nothing,
+                _pooled_p(x, y, value, resamples, rng) if enough else None,
+                pooled=True,
+            )
+        )
+    return found
+
+
+def pooled_ratio(
+    codings: Sequence[Coding], ratio: str, *, resamples: int = RESAMPLES, seed: int = 0
+) -> Estimate:
+    """A group's ratio of summed counts, with its interval by dialogue."""
+    parts = ratio_parts(codings, ratio)
+    if parts is None:
+        return Estimate(None, None, None)
+    drawn = _pooled_draws(parts, resamples, np.random.default_rng(seed))
+    return _estimate(float(_pooled(parts.sum(axis=0))), drawn if len(parts) >= 2 else None)
+
+
+def _same_way(first: Sequence[Coding], second: Sequence[Coding]) -> None:
     if first[0].automatic != second[0].automatic:
         raise CodingError(
             "one group was coded by people and the other automatically",
             "compare groups that were coded in the same way",
         )
-    return [_compare(name, a[name], b[name], resamples, seed) for name in a]
+
+
+def _pooled(sums: Values) -> Values:
+    """Upper over lower part, the last axis; NaN where the lower is 0."""
+    lower = np.where(sums[..., 1] > 0, sums[..., 1], np.nan)
+    return sums[..., 0] / lower
+
+
+def _pooled_draws(parts: Values, resamples: int, rng: np.random.Generator) -> Values:
+    return _pooled(parts[rng.integers(0, len(parts), (resamples, len(parts)))].sum(axis=1))
+
+
+def _pooled_p(
+    x: Values, y: Values, value: float, permutations: int, rng: np.random.Generator
+) -> float | None:
+    """How often a random split of all dialogues differs at least as much."""
+    if np.isnan(value):
+        return None
+    everything = np.concatenate([x, y])
+    order = rng.permuted(np.tile(np.arange(len(everything)), (permutations, 1)), axis=1)
+    first = everything[order[:, : len(x)]].sum(axis=1)
+    second = everything[order[:, len(x) :]].sum(axis=1)
+    found = np.abs(_pooled(second) - _pooled(first))
+    defined = ~np.isnan(found)
+    return float(((found[defined] >= abs(value) - 1e-9).sum() + 1) / (defined.sum() + 1))
+
+
+def _estimate(value: float, drawn: Values | None) -> Estimate:
+    """A value with the percentiles of its resamples, if most of them define it."""
+    if np.isnan(value):
+        return Estimate(None, None, None)
+    kept = drawn[~np.isnan(drawn)] if drawn is not None else np.array([])
+    if drawn is None or len(kept) < len(drawn) / 2:
+        return Estimate(value, None, None)
+    low, high = np.percentile(kept, [2.5, 97.5])
+    return Estimate(value, float(low), float(high))
 
 
 def _compare(
@@ -85,16 +177,7 @@ def _compare(
         if not len(x) or not len(y):
             return Estimate(None, None, None)
         value = float(statistic(x[None], y[None])[0])
-        if np.isnan(value):
-            return Estimate(None, None, None)
-        if xs is None or ys is None:
-            return Estimate(value, None, None)
-        found = statistic(xs, ys)
-        found = found[~np.isnan(found)]
-        if len(found) < resamples / 2:
-            return Estimate(value, None, None)
-        low, high = np.percentile(found, [2.5, 97.5])
-        return Estimate(value, float(low), float(high))
+        return _estimate(value, None if xs is None or ys is None else statistic(xs, ys))
 
     return Comparison(
         variable,

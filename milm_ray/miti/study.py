@@ -23,7 +23,7 @@ from milm_ray.workspace import MANIFEST, Workspace
 
 ARTIFACT = "study"
 PEOPLE = "people"
-_LAYOUT = 2  # of study.json: a study that an earlier version wrote is made again
+_LAYOUT = 3  # of study.json: a study that an earlier version wrote is made again
 Row = Mapping[str, Any]
 
 
@@ -67,6 +67,7 @@ def run(config: Config, workspace: Workspace) -> Mapping[str, Any]:
     for instrument, codings in instruments(coded).items():
         groups = study_tables.by_group(codings)
         tables += study_tables.coded_tables(instrument, groups, cells)
+        tables.append(study_tables.ratios(instrument, groups, **drawn))
         long += study_tables.long_rows(instrument, groups)
         tables += study_tables.comparisons(instrument, groups, **drawn)
     people = [row for row in coded if row["source"] == "human"]

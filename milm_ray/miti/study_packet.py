@@ -35,8 +35,13 @@ SHEETS = "sheets"  # where coders' sheets come back
 
 
 def group_of(session: Mapping[str, Any]) -> str:
-    """The arm of a session: its model, and whether its clients were simulated."""
-    name = session["model"] if session["variant"] == "base" else f"MI-LLM {session['model']}"
+    """The arm of a session: its model and adapter, and whether its clients were simulated."""
+    name, variant = session["model"], session["variant"]
+    if variant != "base":
+        # A session in the chat page names its adapter; mi is the one that fine-tuning makes.
+        chosen = json.loads(session["details"] or "{}").get("adapter", "mi")
+        other = variant if variant != "adapter" else chosen if chosen != "mi" else ""
+        name = f"MI-LLM {name}" + (f" ({other})" if other else "")
     return f"{name}, simulated clients" if session["source"] == "simulated" else name
 
 

@@ -9,11 +9,12 @@ from typing import Any
 
 from milm_ray.miti import paper_study
 from milm_ray.miti.coding_scheme import CODES, GLOBAL_NAMES, GLOBALS
-from milm_ray.miti.comparison import Estimate, compare
+from milm_ray.miti.comparison import Estimate, compare, compare_pooled, pooled_ratio
 from milm_ray.miti.packet import Item
 from milm_ray.miti.paper_study import Cell
 from milm_ray.miti.summary import (
     MEASURES,
+    RATIOS,
     THRESHOLDS,
     Coding,
     GroupSummary,
@@ -37,7 +38,6 @@ LABELS = {
     "total_mina": "Total MI-non-adherent",
     "mia_ratio": "MI-adherent ratio (the paper's addition)",
 }
-RATIOS = ("complex_reflection_ratio", "reflection_to_question", "mia_ratio")
 _MARK = {"good": "Good", "fair": "Fair", "below": "below Fair"}
 Groups = Mapping[str, Sequence[Coding]]
 Key = Mapping[str, Mapping[str, Any]]
@@ -163,7 +163,7 @@ def table5(key: Key) -> StudyTable:
 
 
 def coded_tables(instrument: str, groups: Groups, cells: Sequence[Cell]) -> list[StudyTable]:
-    """Table 6 of one instrument: counts, global and summary scores; rates; ratios two ways.
+    """Table 6 of one instrument: counts, global and summary scores; counts per round.
 
     cells: the paper's, where they are known; its groups get columns of their own.
     """
@@ -215,47 +215,42 @@ def coded_tables(instrument: str, groups: Groups, cells: Sequence[Cell]) -> list
         ["Dialogues differ in length, so counts per round compare better than counts."],
         automatic,
     )
-    return [table6, rates, _ratios(summaries, words, tail, automatic)]
+    return [table6, rates]
 
 
-def _ratios(
-    summaries: Sequence[GroupSummary], words: str, tail: str, automatic: bool
-) -> StudyTable:
-    rows = []
-    for summary in summaries:
+def ratios(instrument: str, groups: Groups, *, resamples: int, seed: int) -> StudyTable:
+    """Every group's ratios both ways: the mean of its dialogues' ratios, and that of the sums."""
+    rows: list[list[Any]] = []
+    for group, codings in groups.items():
+        summary = summarise_group(codings)
         for name in RATIOS:
             found = summary.measures[name]
-            if found.n or summary.pooled[name] is not None:
+            pooled = pooled_ratio(codings, name, resamples=resamples, seed=seed)
+            if found.n or pooled.value is not None:
                 mark = standing(name, found.mean)
-                rows.append(
-                    [
-                        summary.group,
-                        LABELS[name],
-                        found.mean,
-                        found.n,
-                        summary.dialogues,
-                        summary.pooled[name],
-                        _MARK[mark] if mark else None,
-                    ]
-                )
+                counts = (found.n, summary.dialogues)
+                how = _MARK[mark] if mark else None
+                rows.append([group, LABELS[name], found.mean, *counts, _estimate(pooled), how])
     return StudyTable(
-        f"ratios_{tail}",
-        f"Ratios: mean of the dialogues' ratios, and pooled; {words}",
+        f"ratios_{slug(instrument)}",
+        f"Ratios: mean of the dialogues' ratios, and pooled; {instrument_words(instrument)}",
         [
             StudyColumn("Group"),
             StudyColumn("Ratio"),
             StudyColumn("Mean of ratios", 2),
             StudyColumn("Defined in", 0),
             StudyColumn("of dialogues", 0),
-            StudyColumn("Pooled", 2),
+            StudyColumn("Pooled", 2, INTERVAL),
             StudyColumn("Standing of the mean"),
         ],
         rows,
         [
-            "A ratio is undefined where its lower part is 0 (no question, no reflection). Pooled: "
-            "the ratio of the summed counts, in which long dialogues weigh more."
+            "A ratio is undefined where its lower part is 0 (no question, no reflection). In the "
+            "mean of ratios a dialogue with one reflection weighs as much as one with forty. "
+            "Pooled: the ratio of the summed counts, in which long dialogues weigh more, with its "
+            "95 % interval by dialogue."
         ],
-        automatic,
+        instrument.startswith("automatic"),
     )
 
 
@@ -264,12 +259,13 @@ def comparisons(instrument: str, groups: Groups, *, resamples: int, seed: int) -
     rows: list[list[Any]] = []
     wanted = {*MEASURES, *GLOBAL_NAMES}
     for (first, a), (second, b) in itertools.combinations(groups.items(), 2):
-        for found in compare(a, b, resamples=resamples, seed=seed):
+        each = compare(a, b, resamples=resamples, seed=seed)
+        for found in [*each, *compare_pooled(a, b, resamples=resamples, seed=seed)]:
             if found.variable in wanted and found.first_n and found.second_n:
                 rows.append(
                     [
                         f"{second} − {first}",
-                        LABELS[found.variable],
+                        LABELS[found.variable] + (", pooled" if found.pooled else ""),
                         f"{found.second_n}, {found.first_n}",
                         _estimate(found.difference),
                         _estimate(found.hedges_g),

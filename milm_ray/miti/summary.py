@@ -39,6 +39,15 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "total_mina": MI_NON_ADHERENT,
     "mia_ratio": (*MI_ADHERENT, *MI_NON_ADHERENT),
 }
+# What each ratio divides by what: sums of these codes.
+RATIOS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "complex_reflection_ratio": (
+        ("complex_reflection",),
+        ("simple_reflection", "complex_reflection"),
+    ),
+    "reflection_to_question": (("simple_reflection", "complex_reflection"), ("question",)),
+    "mia_ratio": (MI_ADHERENT, (*MI_ADHERENT, *MI_NON_ADHERENT)),
+}
 _UNDEFINED = {
     "technical_global": "needs cultivating_change_talk and softening_sustain_talk",
     "relational_global": "needs partnership and empathy",
@@ -221,10 +230,7 @@ def summarise_group(codings: Sequence[Coding]) -> GroupSummary:
             g: spread([d.global_scores.get(g) for d in dialogues]) for g in GLOBAL_NAMES
         },
         measures={m: spread([s[m] for s in scores]) for m in MEASURES},
-        pooled={
-            m: pooled[m]
-            for m in ("complex_reflection_ratio", "reflection_to_question", "mia_ratio")
-        },
+        pooled={m: pooled[m] for m in RATIOS},
     )
 
 
@@ -242,6 +248,23 @@ def dialogue_values(codings: Sequence[Coding]) -> dict[str, list[float | None]]:
         **{g: [d.global_scores.get(g) for d in dialogues] for g in GLOBAL_NAMES},
         **{m: [s[m] for s in scores] for m in MEASURES},
     }
+
+
+def ratio_parts(codings: Sequence[Coding], ratio: str) -> np.ndarray | None:
+    """Dialogues × (upper, lower part) of a ratio, coders averaged; None outside the coders' scope.
+
+    The pooled ratio is that of the column sums. Raises CodingError as `summarise_group` does.
+    """
+    _check_group(codings)
+    if not set(NEEDS[ratio]) <= set(codings[0].scope):
+        return None
+    return np.array(
+        [
+            [sum(d.counts.get(code, 0) for code in part) for part in RATIOS[ratio]]
+            for d in _average_coders(codings)
+        ],
+        float,
+    )
 
 
 def _per_round(count: float | None, rounds: int) -> float | None:

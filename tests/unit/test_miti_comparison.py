@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from milm_ray.miti.comparison import compare
+from milm_ray.miti.comparison import compare, compare_pooled, pooled_ratio
 from milm_ray.miti.summary import Coding, CodingError
 
 
@@ -60,3 +60,50 @@ def test_what_is_undefined_stays_so():
 def test_people_are_not_compared_with_a_model():
     with pytest.raises(CodingError, match="automatically"):
         compare(group("a", [1, 2]), group("b", [1, 2], automatic=True))
+
+
+REFLECTIONS = ("complex_reflection", "simple_reflection")
+
+
+def reflecting(name, pairs, **options):
+    """Codings with (complex, simple) reflections."""
+    return [
+        Coding(
+            f"{name}-{i}", "x", name, {"complex_reflection": c, "simple_reflection": s}, **options
+        )
+        for i, (c, s) in enumerate(pairs)
+    ]
+
+
+def test_pooled_ratios_weigh_dialogues_by_what_they_hold():
+    """Means of ratios 1/2 and 1/2; pooled 1/11 and 10/11, a difference of 9/11."""
+    low, high = reflecting("a", [(1, 0), (0, 10)]), reflecting("b", [(0, 1), (10, 0)])
+    by_name = {c.variable: c for c in compare_pooled(low, high)}
+    found = by_name["complex_reflection_ratio"]
+    assert found.difference.value == pytest.approx(9 / 11)
+    assert found.difference.low < 9 / 11 < found.difference.high
+    assert found.pooled
+    assert found.hedges_g.value is found.cliffs_delta.value is None
+    assert (found.first_n, found.second_n) == (2, 2)
+    assert by_name["reflection_to_question"].difference.value is None  # nobody asked a question
+    plain = {c.variable: c for c in compare(low, high)}["complex_reflection_ratio"]
+    assert plain.difference.value == 0
+
+
+def test_pooled_p_is_near_the_exact_one():
+    """Of the 20 ways to split six dialogues in threes, two part them as far: p = .1."""
+    first, second = [(1, 9), (2, 8), (3, 7)], [(7, 3), (8, 2), (9, 1)]
+    found = compare_pooled(reflecting("a", first), reflecting("b", second), resamples=20_000)
+    assert found[0].p == pytest.approx(0.1, abs=0.01)
+
+
+def test_a_pooled_ratio_has_an_interval_and_no_value_outside_the_coders_scope():
+    codings = reflecting("a", [(1, 1), (4, 0), (0, 3)])
+    found = pooled_ratio(codings, "complex_reflection_ratio")
+    assert found.value == pytest.approx(5 / 9)
+    assert 0 <= found.low < found.value < found.high <= 1
+    scope = ("simple_reflection", "complex_reflection")
+    narrow = reflecting("a", [(1, 1), (4, 0)], scope=scope)
+    assert pooled_ratio(narrow, "reflection_to_question").value is None
+    assert [c.variable for c in compare_pooled(narrow, narrow)] == ["complex_reflection_ratio"]
+    assert pooled_ratio(codings[:1], "complex_reflection_ratio").low is None

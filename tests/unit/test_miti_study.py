@@ -17,6 +17,7 @@ from milm_ray.miti.coding_store import CodingStore
 from milm_ray.miti.llm_coder import Coder
 from milm_ray.miti.paper_study import Cell, read_cells, reproduce
 from milm_ray.miti.sheet import SheetError, read_csv
+from milm_ray.miti.study_tables import paper_group
 from milm_ray.schema import SESSIONS
 from milm_ray.workspace import Workspace
 
@@ -92,6 +93,29 @@ def test_sessions_of_people_are_a_group_of_their_own_and_open_ones_are_left_out(
         "MI-LLM llama3, simulated clients": 3,
     }
     assert manifest["counts"]["sessions"] == 6
+
+
+def test_a_models_adapters_are_groups_of_their_own(tmp_path):
+    config = config_of(tmp_path)
+    ws, _ = with_sessions(config)
+    row = ws.read_table("sessions/simulated").to_pylist()[0] | {"model": "glm4"}
+    chat = row | {"source": "human", "details": '{"adapter": "mi"}'}
+    assert [
+        study_packet.group_of(r)
+        for r in (
+            row | {"variant": "base"},
+            row | {"variant": "dpo"},
+            chat,
+            chat | {"details": '{"adapter": "dpo"}'},
+        )
+    ] == [
+        "glm4, simulated clients",
+        "MI-LLM glm4 (dpo), simulated clients",
+        "MI-LLM glm4",
+        "MI-LLM glm4 (dpo)",
+    ]
+    assert paper_group("MI-LLM glm4, simulated clients") == "glm4"
+    assert paper_group("MI-LLM glm4 (dpo)") not in ("glm4", "real")  # the paper has no such arm
 
 
 def test_automatic_codes_are_marked_and_say_what_they_do_not_cover(sample):

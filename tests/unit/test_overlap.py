@@ -134,6 +134,12 @@ def test_many_pairs_in_one_call_keep_their_order(monkeypatch):
     assert score_pairs([], [])["bleu_4"].shape == (0,)
 
 
+@pytest.mark.parametrize("pair", [(None, "好"), ("好", None), ("好", 3)])
+def test_what_is_no_text_is_refused(pair):
+    with pytest.raises(TypeError, match="not a text"):
+        score_pair(*pair)
+
+
 def test_lists_of_different_length_are_refused():
     with pytest.raises(ValueError, match="2 references but 1 predictions"):
         score_pairs(["甲", "乙"], ["甲"])
