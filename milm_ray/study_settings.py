@@ -49,5 +49,5 @@ class MitiSection(Section):
     )
     resamples: int = Field(2000, ge=100, description="of the intervals")
     paper_cells: Annotated[str, input_path("miti")] | None = Field(
-        None, description="CSV of the paper's cells (table, group, variable, mean, …), see README"
+        None, description="CSV of the paper's cells (table, group, variable, mean, …): docs/miti.md"
     )

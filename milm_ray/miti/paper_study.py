@@ -20,6 +20,7 @@ from milm_ray.miti.summary import MEASURES, summary_scores
 # dialogues' ratios), and pooled from the paper's own mean counts.
 MIA_RATIO = {"baichuan2": (0.75, 0.82), "glm4": (0.78, 0.86), "llama3": (0.72, 0.83)}
 DIALOGUES, REAL_DIALOGUES = 10, 30
+_TABLES = ("4", "6")
 _COLUMNS = ("table", "group", "variable", "mean", "q1", "q3", "n")
 # Sums and means of variables: the means of Table 6 must agree with them but for rounding.
 _LINEAR = ("technical_global", "relational_global", "total_mia", "total_mina")
@@ -60,6 +61,11 @@ NOTES: tuple[tuple[str, str], ...] = (
         "played the clients is in the groups' names.",
     ),
     (
+        "How motivation levels were set and when a session ended is not stated.",
+        "Levels are assigned at random, seeded, and each session says why it ended "
+        "(simulate.max_rounds at the latest).",
+    ),
+    (
         "It is not said whether the 30 real dialogues leave out those of low quality.",
         "High quality only, unless miti.annomi_quality says otherwise; their ids are in the "
         "packet's key.",
@@ -97,22 +103,28 @@ def read_cells(path: str | None) -> list[Cell]:
         return []
     known = {*CODE_NAMES, *GLOBAL_NAMES, *MEASURES, "rounds", "client_length", "counselor_length"}
     faults, cells = [], []
-    with Path(path).open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file)
-        missing = [name for name in _COLUMNS if name not in (reader.fieldnames or ())]
-        if missing:
-            raise UserError(f"{path} has no column {', '.join(missing)}", "see the README")
-        for number, row in enumerate(reader, 2):
-            if row["variable"] not in known:
-                faults.append(f"row {number}: unknown variable {row['variable']!r}")
-                continue
-            try:
-                q1, q3 = (float(row[name]) if row[name] else None for name in ("q1", "q3"))
-                n = int(row["n"]) if row["n"] else None
-                mean = float(row["mean"])
-                cells.append(Cell(row["table"], row["group"], row["variable"], mean, q1, q3, n))
-            except ValueError as error:
-                faults.append(f"row {number}: {error}")
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} cannot be read: {error}", "save it as UTF-8") from error
+    reader = csv.DictReader(lines)
+    missing = [name for name in _COLUMNS if name not in (reader.fieldnames or ())]
+    if missing:
+        raise UserError(f"{path} has no column {', '.join(missing)}", "see docs/miti.md")
+    for number, row in enumerate(reader, 2):
+        if row["variable"] not in known:
+            faults.append(f"row {number}: unknown variable {row['variable']!r}")
+            continue
+        if row["table"] not in _TABLES:
+            faults.append(f"row {number}: table {row['table']!r} is none of {', '.join(_TABLES)}")
+            continue
+        try:
+            q1, q3 = (float(row[name]) if row[name] else None for name in ("q1", "q3"))
+            n = int(row["n"]) if row["n"] else None
+            mean = float(row["mean"])
+            cells.append(Cell(row["table"], row["group"], row["variable"], mean, q1, q3, n))
+        except (TypeError, ValueError) as error:
+            faults.append(f"row {number}: {error}")
     if faults:
         raise UserError(f"{path}: " + "; ".join(faults), "correct these rows")
     return cells

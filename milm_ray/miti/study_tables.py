@@ -261,7 +261,7 @@ def comparisons(instrument: str, groups: Groups, *, resamples: int, seed: int) -
     for (first, a), (second, b) in itertools.combinations(groups.items(), 2):
         each = compare(a, b, resamples=resamples, seed=seed)
         for found in [*each, *compare_pooled(a, b, resamples=resamples, seed=seed)]:
-            if found.variable in wanted and found.first_n and found.second_n:
+            if found.variable in wanted and found.difference.value is not None:
                 rows.append(
                     [
                         f"{second} − {first}",

@@ -194,7 +194,7 @@ def curation(ws: Workspace, found: Manifests) -> Section:
         "curation",
         "Curation",
         "A seeded sample of each corpus, judged on four dimensions. The best corpora go on.",
-        [*figure, dimensions_table, totals_table],
+        [*figure, dimensions_table, totals_table, *remarks("curation")],
         source_list(found, "verdicts", "selection"),
     )
 

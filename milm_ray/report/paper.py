@@ -134,6 +134,13 @@ class Note:
 
 NOTES = (
     Note(
+        "curation",
+        "The scale of the judge's scores, its prompt and the version of the model are not stated.",
+        "Scores are on the turn-level scale of CPsyCoun; the totals of both its scales and the "
+        "fraction of the maximum stand side by side, since the ranking can change between them. "
+        "The manifest names the model and the version of the prompt.",
+    ),
+    Note(
         "transcription",
         "The source dialogues average 10.29 rounds by the paper's own figures, the transcribed "
         "ones 7.97 and 7.53: the rewrite shortens a dialogue.",

@@ -313,8 +313,12 @@ def test_the_papers_means_through_our_summary_code(tmp_path):
     assert found["mia_ratio"].recomputed == 0.75
     assert "mean of ratios" in found["mia_ratio"].verdict
     assert "not given" in found["technical_global"].verdict
-    path.write_text(CELLS + "6,m,praise,1,,,\n6,m,gi,many,,,\n", encoding="utf-8")
-    with pytest.raises(UserError, match=r"row 11: unknown variable 'praise'; row 12"):
+    path.write_text(CELLS + "6,m,praise,1,,,\n6,m,gi,many,,,\n7,m,gi,1,,,\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"row 11: unknown variable 'praise'; row 12") as caught:
+        read_cells(str(path))
+    assert "row 13: table '7' is none of 4, 6" in str(caught.value)
+    path.write_text("表,组\n", encoding="gb18030")
+    with pytest.raises(UserError, match="save it as UTF-8"):
         read_cells(str(path))
 
 

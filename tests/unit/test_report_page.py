@@ -94,8 +94,8 @@ def test_paper_stands_beside_each_model(built: tuple[Config, Workspace, str]) ->
         assert f"{base:.2f} → {tuned:.2f}" in text
     for row in paper.TABLE_1:
         assert row.source in text
-    for note in paper.NOTES:
-        assert note.finding in text
+    for note in paper.NOTES:  # this sample has no curation
+        assert (note.finding in text) == (note.section != "curation")
 
 
 def test_every_section_names_the_manifests_behind_it(built: tuple[Config, Workspace, str]) -> None:
