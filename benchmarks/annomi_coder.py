@@ -57,8 +57,8 @@ def order_table(sessions, folds) -> None:
         "trained coder": trained_coder.code_unseen(sessions, count=folds),
         "its expected counts": expected(sessions, folds),
     }
-    print("| Summary score | Labels | | high | low | high − low (95 %) | p |")
-    print("|---|---|---|---|---|---|---|")
+    print("| Summary score | Labels | | high | low | high − low (95 %) |")
+    print("|---|---|---|---|---|---|")
     for measure in annomi.MEASURES:
         for name, codings in labelled.items():
             high, low = ([c for c in codings if c.group == q] for q in ("high", "low"))
@@ -78,7 +78,6 @@ def order_table(sessions, folds) -> None:
                     f"{first:.2f} (n {each.second_n})",
                     f"{second:.2f} (n {each.first_n})",
                     interval(each.difference),
-                    f"{each.p:.3f}",
                 )
                 print("| " + " | ".join(cells) + " |")
     few = [s.counts() for s in sessions if s.quality == "low"]
@@ -116,7 +115,7 @@ def expected(sessions, folds) -> list[Coding]:
             texts, labels = zip(*(row for s in rest for row in rows(s, task)), strict=True)
             features = trained_coder._pipeline().named_steps["features"]
             pipeline = Pipeline(
-                [("features", features), ("c", LogisticRegression(C=4, max_iter=500))]
+                [("features", features), ("c", LogisticRegression(C=4, solver="liblinear"))]
             )
             models[task] = pipeline.fit(texts, labels)
         for i in part:

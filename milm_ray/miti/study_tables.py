@@ -291,7 +291,7 @@ def comparisons(instrument: str, groups: Groups, *, resamples: int, seed: int) -
         [
             "Intervals are 95 % and resample dialogues; p is two-sided, by permutation, and not "
             "corrected for the number of comparisons. With ten dialogues a group only large "
-            "differences show."
+            "differences show. A pooled ratio has an interval only."
         ],
         instrument.startswith("automatic"),
     )
