@@ -2,13 +2,15 @@
 
     python benchmarks/serving.py                     # everything, about four minutes on two cores
     python benchmarks/serving.py --parts batch http  # some of it
+    python benchmarks/serving.py --parts batch --llamafactory lf/bin/python
 
 batch: 328 rounds of 41 dialogues in order, 128 new tokens each, by base and by adapter: rounds a
-second, and the share of prompt tokens that the prefix cache had. http: output tokens a second at 32
-requests in flight, through the endpoints and by the bare engine (a process of its own, the same
-options). first: time to the first token through the endpoints, and to the first text in the chat,
-which a person sees when its sentence has been checked. All in one run on one machine; greedy, the
-end of a reply ignored, so that everybody writes the same number of tokens.
+second, and the share of prompt tokens that the prefix cache had; with --llamafactory (the python of
+its environment, see docs/finetuning.md) beside its predict_with_generate, 8 at a time.
+http: output tokens a second at 32 requests in flight, through the endpoints and by the bare engine
+(a process of its own, the same options). first: time to the first token through the endpoints, and
+to the first text in the chat, which a person sees when its sentence has been checked. All in one
+run on one machine; greedy, the end of a reply ignored, so that everybody writes equally much.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import argparse
 import asyncio
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -32,6 +35,8 @@ sys.path.insert(0, str(ROOT))
 
 DIALOGUES, ROUNDS, NEW_TOKENS = 41, 8, 128
 IN_FLIGHT = 32
+CORES = os.cpu_count() or 1
+MODELS = ("llama3", "llama3:mi")
 QUESTIONS = 4 * IN_FLIGHT
 ENGINE = {"kv_cache_memory_bytes": 256 << 20}
 SAID = "我最近总是熬夜刷手机，第二天很累，想改又改不掉。"
@@ -54,7 +59,8 @@ def client(url: str) -> Any:
     return openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0, timeout=600)
 
 
-async def batch(url: str, rows: list[dict[str, Any]]) -> None:
+async def batch(url: str, rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Rounds a second by model id."""
     from milm_ray.models.messages import round_messages
 
     async def ask(model: str, row: dict[str, Any]) -> tuple[int, int]:
@@ -68,18 +74,84 @@ async def batch(url: str, rows: list[dict[str, Any]]) -> None:
         details = reply.usage.prompt_tokens_details
         return reply.usage.prompt_tokens, (details.cached_tokens or 0) if details else 0
 
-    for model in ("llama3", "llama3:mi"):
+    found = {}
+    for model in MODELS:
         async with client(url) as http:
             await ask(model, rows[0])
             started = time.perf_counter()
             jobs = [lambda row=row: ask(model, row) for row in rows]  # noqa: B023
             counts = await pooled(jobs, 192)
-        seconds = time.perf_counter() - started
+        found[model] = len(rows) / (time.perf_counter() - started)
         cached = sum(c for _, c in counts) / sum(p for p, _ in counts)
-        print(
-            f"batch {model}: {len(rows) / seconds:.1f} rounds/s, prefix cache {cached:.0%}",
-            flush=True,
-        )
+        print(f"batch {model}: {found[model]:.1f} rounds/s, prefix cache {cached:.0%}", flush=True)
+    return found
+
+
+def llamafactory(
+    interpreter: Path, folder: Path, base: Path, adapter: Path, rows: list[dict[str, Any]]
+) -> dict[str, float]:
+    """Rounds a second of LLaMA-Factory's batch prediction on the same rounds, by model id."""
+    from milm_ray.models.messages import round_messages
+
+    folder.mkdir()
+    lasting = folder / "base"
+    shutil.copytree(base, lasting)
+    generation = lasting / "generation_config.json"
+    known = json.loads(generation.read_text()) if generation.exists() else {}
+    generation.write_text(json.dumps({**known, "min_new_tokens": NEW_TOKENS}))
+    talks = [
+        {"messages": [*round_messages(row), {"role": "assistant", "content": row["output"]}]}
+        for row in rows
+    ]
+    (folder / "data.json").write_text(json.dumps(talks, ensure_ascii=False))
+    tags = {"role_tag": "role", "content_tag": "content", "user_tag": "user"}
+    info = {
+        "file_name": "data.json",
+        "formatting": "sharegpt",
+        "columns": {"messages": "messages"},
+        "tags": {**tags, "assistant_tag": "assistant", "system_tag": "system"},
+    }
+    (folder / "dataset_info.json").write_text(json.dumps({"bench": info}))
+    found = {}
+    for model in MODELS:
+        out = folder / model.replace(":", "-")
+        arguments = {
+            "stage": "sft",
+            "do_predict": True,
+            "predict_with_generate": True,
+            "model_name_or_path": str(lasting),
+            "finetuning_type": "lora",
+            "template": "llama3",
+            "dataset_dir": str(folder),
+            "eval_dataset": "bench",
+            "cutoff_len": 1024,
+            "max_new_tokens": NEW_TOKENS,
+            "do_sample": False,
+            "per_device_eval_batch_size": 8,
+            "output_dir": str(out),
+            "bf16": False,
+            "use_cpu": True,
+            "report_to": "none",
+        }
+        if model.endswith(":mi"):
+            arguments["adapter_name_or_path"] = str(adapter)
+        (folder / "arguments.yaml").write_text(json.dumps(arguments))
+        code = "from llamafactory.train.tuner import run_exp; run_exp()"
+        offline = dict.fromkeys(("HF_HUB_OFFLINE", "DISABLE_VERSION_CHECK"), "1")
+        with (folder / "log").open("w") as log:
+            done = subprocess.run(
+                [str(interpreter), "-c", code, str(folder / "arguments.yaml")],
+                env={**os.environ, **offline, "PYTHONWARNINGS": "ignore"},
+                stdout=log,
+                stderr=log,
+                check=False,
+            )
+        if done.returncode:
+            raise SystemExit(f"LLaMA-Factory failed:\n{(folder / 'log').read_text()[-3000:]}")
+        figures = json.loads((out / "predict_results.json").read_text())
+        found[model] = len(rows) / figures["predict_runtime"]
+        print(f"LLaMA-Factory {model}: {found[model]:.1f} rounds/s", flush=True)
+    return found
 
 
 async def http_speed(url: str) -> float:
@@ -171,6 +243,7 @@ def main() -> None:
     )
     parts = ("batch", "http", "first")
     parser.add_argument("--parts", nargs="+", choices=parts, default=list(parts))
+    parser.add_argument("--llamafactory", type=Path, help="python of LLaMA-Factory's environment")
     parser.add_argument("--bare", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.bare:
@@ -192,19 +265,22 @@ def main() -> None:
                 "workspace": folder,
                 "models": {"llama3": model},
                 "finetune": {"lora": {"rank": RANK}},
-                "serve": {**serve, "cpus_per_replica": 0.5},
+                "serve": {**serve, "cpus_per_replica": 1, "replicas": CORES},
                 "chat": {"max_tokens": 64},
             }
         )
         workspace = Workspace.open(folder)
         bases = prepared_bases(config, workspace)
         random_adapter(bases["llama3"], workspace.local("adapters", "llama3"), "llama3", 0)
-        ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="WARNING")
-        speed = 0.0
+        # An engine of one thread per core; the rest of Serve is counted beside them.
+        cluster = {"num_cpus": CORES + 2, "include_dashboard": False}
+        ray.init(address="local", logging_level="WARNING", **cluster)
+        rows = sample_rounds(DIALOGUES, ROUNDS).to_pylist()
+        speed, rates = 0.0, {}
         try:
             with running_models(app_args(config, workspace, bases)) as url:
                 if "batch" in options.parts:
-                    asyncio.run(batch(url, sample_rounds(DIALOGUES, ROUNDS).to_pylist()))
+                    rates = asyncio.run(batch(url, rows))
                 if "http" in options.parts:
                     speed = asyncio.run(http_speed(url))
                 if "first" in options.parts:
@@ -212,10 +288,18 @@ def main() -> None:
                         asyncio.run(first_tokens(url, f"{chat_url}/"))
         finally:
             ray.shutdown()
+        if rates and options.llamafactory:
+            adapter = Path(workspace.local("adapters", "llama3"))
+            peer = llamafactory(
+                options.llamafactory, Path(folder) / "peer", bases["llama3"], adapter, rows
+            )
+            for model in MODELS:
+                print(f"batch {model}: {rates[model] / peer[model]:.1f} times LLaMA-Factory")
         if "http" in options.parts:
             command = [sys.executable, __file__, "--bare", str(bases["llama3"])]
-            # As the endpoints' replicas run: one thread an engine.
-            env = {**os.environ, "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+            # As the endpoints' replica runs: as many threads as there are cores.
+            threads = {"OMP_NUM_THREADS": str(CORES), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+            env = {**os.environ, **threads}
             done = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
             bare = float(json.loads(done.stdout.splitlines()[-1]))
             print(

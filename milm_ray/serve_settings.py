@@ -117,8 +117,11 @@ class ServeSection(Section):
 
     max_model_len: int = Field(4096, ge=128)
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    cpus_per_replica: float = Field(1.0, gt=0)
+    cpus_per_replica: float = Field(
+        1.0, gt=0, description="reserved; without a GPU also the threads of the engine"
+    )
     gpus_per_replica: float = Field(1.0, ge=0)
+    replicas: int = Field(1, ge=1, description="engines per model")
     engine: dict[str, Any] = Field(default_factory=dict, description="further vLLM engine options")
     env: dict[str, str] = Field(default_factory=dict, description="environment of the replicas")
 

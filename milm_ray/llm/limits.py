@@ -25,6 +25,7 @@ log = logging.getLogger("milm_ray")
 
 _IDLE_S = 600.0  # after so long without a call the actor ends; the next job starts another
 _BEAT_S = 5.0  # how often a process that asks says that it lives
+_LOOK_S = 5.0  # how often those who wait are looked at, whatever happens
 _DEAD_S = 30.0  # silent for so long: its places in flight are given to others
 SILENT = -1
 
@@ -42,6 +43,17 @@ class _Lease:
     expires: float
     sent: _Sent
     holder: str
+
+
+@dataclass
+class _Asked:
+    """A call that waits for a place, and what it will be told."""
+
+    tokens: int
+    cost: float
+    account: str
+    holder: str
+    answer: asyncio.Future[int | None]
 
 
 @dataclass
@@ -73,7 +85,8 @@ class Limits:
         self._accounts = {"": _Account(0.0, settings.max_cost)}
         self._leases: dict[int, _Lease] = {}
         self._window: deque[_Sent] = deque()  # the calls of the last minute
-        self._changed = asyncio.Event()
+        self._asked: deque[_Asked] = deque()  # first come, first served
+        self._again: asyncio.TimerHandle | None = None
         self._last_call = time.monotonic()
         self._beats: dict[str, float] = {}
 
@@ -96,27 +109,10 @@ class Limits:
         """
         if holder:
             self.beat(holder)
-        while True:
-            now = self._last_call = time.monotonic()
-            self._expire(now)
-            if not self._lives(holder, now):
-                return SILENT
-            wait = self._blocked_for(now, tokens, cost, account)
-            if wait is None:
-                return None
-            if wait <= 0:
-                # Not a counter: after a restart of the actor an old lease must not match a new one.
-                lease = random.getrandbits(62)
-                sent = _Sent(now, tokens)
-                expires = now + 2 * self._settings.timeout_s + 30
-                self._leases[lease] = _Lease(account, cost, expires, sent, holder)
-                self._window.append(sent)
-                return lease
-            self._changed.clear()
-            try:
-                await asyncio.wait_for(self._changed.wait(), wait)
-            except TimeoutError:
-                continue
+        asked = _Asked(tokens, cost, account, holder, asyncio.get_running_loop().create_future())
+        self._asked.append(asked)
+        self._serve()
+        return await asked.answer
 
     async def release(
         self, lease: int, tokens: int | None, cost: float | None, account: str = ""
@@ -127,7 +123,7 @@ class Limits:
             self._accounts[account].spent += cost or 0.0
         if held is not None and tokens is not None:
             held.sent.tokens = tokens
-        self._changed.set()
+        self._serve()
 
     async def end_when_idle(self) -> None:
         """As an actor that outlives its job: end when nobody has called for a while."""
@@ -136,6 +132,50 @@ class Limits:
         while time.monotonic() - self._last_call < _IDLE_S:
             await asyncio.sleep(_IDLE_S / 10)
         ray.actor.exit_actor()
+
+    def _serve(self) -> None:
+        """Answer those who wait, in their order, as far as the limits allow.
+
+        One who waits for money of its own run only lets others pass.
+        """
+        if self._again is not None:
+            self._again.cancel()
+            self._again = None
+        if not self._asked:
+            return
+        now = self._last_call = time.monotonic()
+        self._expire(now)
+        later: deque[_Asked] = deque()
+        look_again = 0.0
+        while self._asked and not look_again:
+            asked = self._asked.popleft()
+            if asked.answer.done():  # cancelled
+                continue
+            if not self._lives(asked.holder, now):
+                asked.answer.set_result(SILENT)
+            elif not self._affords(asked):
+                if any(lease.account == asked.account for lease in self._leases.values()):
+                    later.append(asked)
+                else:
+                    asked.answer.set_result(None)
+            elif wait := self._full_for(now, asked.tokens):
+                later.append(asked)
+                look_again = wait
+            else:
+                asked.answer.set_result(self._grant(asked, now))
+        self._asked = later + self._asked
+        if self._asked:
+            wait = min(look_again or _LOOK_S, _LOOK_S)
+            self._again = asyncio.get_running_loop().call_later(wait, self._serve)
+
+    def _grant(self, asked: _Asked, now: float) -> int:
+        # Not a counter: after a restart of the actor an old lease must not match a new one.
+        lease = random.getrandbits(62)
+        sent = _Sent(now, asked.tokens)
+        expires = now + 2 * self._settings.timeout_s + 30
+        self._leases[lease] = _Lease(asked.account, asked.cost, expires, sent, asked.holder)
+        self._window.append(sent)
+        return lease
 
     def _lives(self, holder: str, now: float) -> bool:
         return not holder or now - self._beats[holder] <= _DEAD_S
@@ -151,16 +191,19 @@ class Limits:
         while self._window and self._window[0].at <= now - 60:
             self._window.popleft()
 
-    def _blocked_for(self, now: float, tokens: int, cost: float, account: str) -> float | None:
-        """Seconds after which to look again: 0 when free now, None when never (budget)."""
-        limits, money = self._settings, self._accounts.get(account)
-        if money is not None and money.most is not None:
-            mine = [lease.cost for lease in self._leases.values() if lease.account == account]
-            if money.spent + sum(mine) + cost > money.most:
-                # Calls in flight reserve the most that they can cost: look again when they end.
-                return 5.0 if mine else None
+    def _affords(self, asked: _Asked) -> bool:
+        """Whether a run's money does; calls in flight reserve the most that they can cost."""
+        money = self._accounts.get(asked.account)
+        if money is None or money.most is None:
+            return True
+        mine = (lease.cost for lease in self._leases.values() if lease.account == asked.account)
+        return money.spent + sum(mine) + asked.cost <= money.most
+
+    def _full_for(self, now: float, tokens: int) -> float:
+        """Seconds after which to look again for a place; 0 when there is one now."""
+        limits = self._settings
         if len(self._leases) >= limits.concurrency:
-            return 5.0
+            return _LOOK_S
         next_slot = self._window[0].at + 60 - now + 0.001 if self._window else 0.0
         if limits.requests_per_minute and len(self._window) >= limits.requests_per_minute:
             return next_slot

@@ -54,7 +54,11 @@ def app_args(
                 num_cpus=serve.cpus_per_replica,
                 max_lora_rank=config.finetune.lora.rank,
                 kv_cache_gib=None if serve.gpus_per_replica else _CPU_KV_CACHE_GIB,
-                autoscaling=Autoscaling(target_ongoing_requests=config.generate.concurrency),
+                autoscaling=Autoscaling(
+                    min_replicas=serve.replicas,
+                    max_replicas=serve.replicas,
+                    target_ongoing_requests=config.generate.concurrency,
+                ),
                 engine=serve.engine,
                 env=serve.env,
             )

@@ -16,11 +16,6 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 if TYPE_CHECKING:
     from ray.serve import Application
 
-_CPU_ENV = {
-    # One thread an engine: a small model gains nothing from more, and engines share the cores.
-    "OMP_NUM_THREADS": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-}
 _ENV = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
@@ -55,7 +50,7 @@ class ModelArgs(Arguments):
     max_model_len: int = Field(4096, ge=128, description="prompt and reply together, in tokens")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     num_gpus: float = Field(1.0, ge=0, description="GPUs per worker; 0: run on the CPU")
-    num_cpus: float = Field(1.0, gt=0, description="CPUs reserved per replica")
+    num_cpus: float = Field(1.0, gt=0, description="CPUs reserved; without a GPU: the threads")
     tensor_parallel_size: int = Field(1, ge=1)
     accelerator_type: str | None = Field(None, description="a GPU kind as Ray names it, e.g. A100")
     max_num_seqs: int = Field(256, ge=1, description="requests decoded together")
@@ -144,7 +139,12 @@ build_app.__annotations__["args"] = AppArgs
 def _options(model: ModelArgs) -> dict[str, Any]:
     """Serve's deployment options of one model."""
     scaling = model.autoscaling
-    env = {**_ENV, **(_CPU_ENV if model.num_gpus == 0 else {}), **model.env}
+    env = dict(_ENV)
+    if model.num_gpus == 0:
+        # As many threads as the replica has CPUs, wherever they are free: engines share the cores.
+        env["OMP_NUM_THREADS"] = str(max(1, int(model.num_cpus)))
+        env["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+    env |= model.env
     options: dict[str, Any] = {
         "name": f"model-{model.name}",
         "max_ongoing_requests": 2 * scaling.target_ongoing_requests,

@@ -53,7 +53,8 @@ def plan(config: Config, workspace: Workspace) -> Plan:
     serve = config.serve
     device = f"{serve.gpus_per_replica:g} GPU" if serve.gpus_per_replica else "no GPU"
     resources = (
-        f"{len(config.models)} engines with {serve.cpus_per_replica:g} CPU and {device} each"
+        f"{serve.replicas * len(config.models)} engines with {serve.cpus_per_replica:g} CPU "
+        f"and {device} each"
     )
     passes = 2 * len(config.models) * (1 + len(config.generate.seeds))
     seeds = f" and seeds {config.generate.seeds}" if config.generate.seeds else ""
