@@ -142,7 +142,7 @@ def _sizes(config: Config, selected: list[str]) -> dict[str, int | None]:
     unnamed = [corpus for corpus in selected if corpus not in counts]
     if unnamed:
         raise UserError(
-            f"{', '.join(unnamed)} was selected, but transcribe.per_corpus gives no count for it",
+            f"selected, but without a count in transcribe.per_corpus: {', '.join(unnamed)}",
             f"add it, as in transcribe.per_corpus.{unnamed[0]}=500",
         )
     return {corpus: counts[corpus] for corpus in selected}
