@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import subprocess
 import sys
 import urllib.error
@@ -20,12 +19,12 @@ from milm_ray.miti import codings, study_packet
 from milm_ray.miti.coding_scheme import GLOBAL_NAMES
 from milm_ray.miti.sheet import read_csv
 from milm_ray.workspace import Workspace
+from tests.browser import CHROMIUM, needs_chromium
 
 ROOT = Path(__file__).parents[2]
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium"),
+    needs_chromium,
 ]
 
 

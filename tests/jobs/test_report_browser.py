@@ -9,7 +9,6 @@ import html
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,9 +19,9 @@ import report_sample
 
 from milm_ray.miti import codings, study, study_packet
 from milm_ray.report.stage import STAGE as REPORT
+from tests.browser import CHROMIUM, needs_chromium
 
 ROOT = Path(__file__).parents[2]
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 # Widths in CSS pixels: a phone's, a small window's and a desktop's.
 _WIDTHS = (390, 1100, 1280)
@@ -116,7 +115,7 @@ def test_page_shows_everything_at_phone_and_desktop_width(workspace: Path, tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="measures in Chromium")
+@needs_chromium
 def test_no_table_of_the_study_is_clipped_on_screen_or_paper(tmp_path: Path) -> None:
     """Two people, an automatic coder, comparisons, agreement and the paper's cells: all tables."""
     paper = tmp_path / "cells.csv"
@@ -156,7 +155,7 @@ def _measure(report: str, folder: Path, widths: tuple[int, ...] = _WIDTHS) -> li
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="printing needs Chromium")
+@needs_chromium
 def test_page_prints(workspace: Path, tmp_path: Path) -> None:
     target = tmp_path / "report.pdf"
     page = workspace / "report" / "index.html"

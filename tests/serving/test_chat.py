@@ -345,7 +345,7 @@ def test_replicas_that_start_together_migrate_once_and_to_the_tables_in_the_code
         assert asyncio.run(start_together(url)) == []
 
 
-@pytest.mark.skipif(not INSTALLED, reason="needs PostgreSQL's server")
+@pytest.mark.skipif(not INSTALLED, reason="needs PostgreSQL: apt-get install postgresql")
 def test_a_crash_of_the_database_in_load_loses_and_doubles_nothing(
     postgres: Postgres, model: ModelServer
 ) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,13 +11,13 @@ import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from milm_ray.serving import keys
+from tests.browser import CHROMIUM, needs_chromium
 from tests.serving.chat_model import SLOW
 from tests.serving.chat_processes import ChatServer, ModelServer
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium"),
+    needs_chromium,
 ]
 PHONE = {"width": 360, "height": 640}
 TIMEOUT_MS = 30_000
