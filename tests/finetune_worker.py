@@ -1,7 +1,8 @@
 """One process of a fine-tune without Ray, for tests: python finetune_worker.py SPEC RANK.
 
-SPEC is JSON: model, base, rows, workers, rendezvous, out, and runs, each a name, settings and
-perhaps resume_from, die_after, or only_load: then rank 0 writes how many weights it holds.
+SPEC is JSON: model, base, rows, workers, rendezvous, out, perhaps adapter, and runs, each a name,
+settings and perhaps resume_from, die_after, or only_load: then rank 0 writes how many weights it
+holds. With finetune.method: dpo the rows are preferences.
 All processes do every run in turn; rank 0 writes each run's log to out/<name>.json.
 """
 
@@ -24,6 +25,7 @@ def main(spec_file: str, rank: int) -> None:
     from torch import distributed
 
     from milm_ray.config import FinetuneSection
+    from milm_ray.finetune.dpo import tune
     from milm_ray.finetune.engine import Diverged, lora_model
     from milm_ray.finetune.train import Task, train
     from milm_ray.models import registry
@@ -62,6 +64,7 @@ def main(spec_file: str, rank: int) -> None:
             lora_targets=registry.get(model).lora_targets,
             settings=FinetuneSection(**run["settings"]),
             seed=11,
+            adapter=spec.get("adapter", ""),
         )
         if run.get("only_load"):
             model_ = lora_model(task.base, task.settings, task.lora_targets, seed=11)
@@ -71,7 +74,7 @@ def main(spec_file: str, rank: int) -> None:
             continue
         resume = out / run["resume_from"] if "resume_from" in run else None
         try:
-            outcome = train(
+            outcome = (tune if task.settings.method == "dpo" else train)(
                 task,
                 spec["rows"],
                 rank=rank,

@@ -1,4 +1,4 @@
-"""Which base a configured model is, where it comes from, and where it is prepared."""
+"""Which base a configured model is, where it comes from and is prepared, and its training task."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from milm_ray.config import ModelSection
+from milm_ray.config import Config, ModelSection
 from milm_ray.errors import ConfigError
+from milm_ray.finetune.train import Task
 from milm_ray.models import checkpoint as checkpoints
 from milm_ray.models import registry
 from milm_ray.models.chat_format import template
@@ -51,6 +52,23 @@ def base_entry(model: str, section: ModelSection) -> registry.BaseModel:
             if matches(entry):
                 return entry
     raise ConfigError([f"models.{model}: no base model in the registry has its chat format"])
+
+
+def task_of(config: Config, model: str, source: Source, adapter: str = "") -> Task:
+    """What the workers of a configured model are told; they put in where the base lies.
+
+    adapter: the artifact that preference tuning goes on from.
+    """
+    return Task(
+        model=model,
+        base="",
+        identity=source.identity,
+        chat_format=source.chat_format,
+        lora_targets=base_entry(model, config.models[model]).lora_targets,
+        settings=config.finetune,
+        seed=config.seed,
+        adapter=adapter,
+    )
 
 
 def base_settings(section: ModelSection) -> dict[str, Any]:

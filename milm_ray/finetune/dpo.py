@@ -24,6 +24,7 @@ from milm_ray.models.messages import round_messages
 
 # The trainer's own state inside a checkpoint.
 _TRAINER_DIR = "trainer"
+_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Names of TRL's figures in a row of schema.PREFERENCE_LOG.
 _FIGURES = {
     "loss": "loss",
@@ -81,15 +82,95 @@ def _said(text: str) -> dict[str, str]:
     return {"role": "assistant", "content": text}
 
 
-def _save_adapter(model: Any, directory: Path, identity: str) -> None:
-    """Write the tuned adapter in PEFT's format, its base named by `identity`, not by a path."""
-    config = model.peft_config["default"]
-    path = config.base_model_name_or_path
-    config.base_model_name_or_path = identity
-    model.save_pretrained(
-        str(directory), selected_adapters=["default"], save_embedding_layers=False
+def _arguments(task: Task, output: str) -> Any:
+    """The trainer's arguments; under ZeRO 3 they hand the weights to DeepSpeed."""
+    import torch
+    from trl import DPOConfig
+
+    from milm_ray.finetune.engine import deepspeed_config, deepspeed_module
+
+    settings = task.settings
+    divided = settings.zero_stage == 3
+    gpu = torch.cuda.is_available()
+    backend = "nccl" if gpu else "gloo"
+    deepspeed = None
+    if divided:
+        deepspeed_module()
+        _announce_deepspeed(backend)
+        # The micro-steps are the trainer's here, not optimizer_step's.
+        steps = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+        deepspeed = {**deepspeed_config(settings), **dict.fromkeys(steps, "auto")}
+    return DPOConfig(
+        output_dir=output,
+        beta=settings.dpo.beta,
+        learning_rate=settings.dpo.learning_rate,
+        num_train_epochs=settings.dpo.epochs,
+        lr_scheduler_type=settings.schedule,
+        warmup_steps=settings.warmup_ratio,
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation,
+        gradient_checkpointing=settings.gradient_checkpointing is not False,
+        gradient_checkpointing_kwargs={"use_reentrant": divided},
+        max_grad_norm=settings.max_grad_norm,
+        weight_decay=settings.weight_decay,
+        bf16=settings.precision == "bf16",
+        max_length=None,
+        logging_steps=settings.logging_steps,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        save_steps=settings.save_steps,
+        seed=task.seed,
+        # Asked to use the CPU, the trainer would look away from DeepSpeed.
+        use_cpu=not gpu and not divided,
+        deepspeed=deepspeed,
+        accelerator_config={"use_configured_state": divided},
+        ddp_backend=backend,
+        ddp_find_unused_parameters=False,
+        report_to=[],
+        disable_tqdm=True,
     )
-    config.base_model_name_or_path = path
+
+
+def _announce_deepspeed(backend: str) -> None:
+    """Tell accelerate that DeepSpeed divides the work, and between whom: by itself it looks for
+    more than one process on GPUs only."""
+    from accelerate import PartialState
+
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    PartialState(backend=backend)
+
+
+def _model(task: Task) -> Any:
+    """The base with the adapter to go on from."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    dtype = torch.bfloat16 if task.settings.precision == "bf16" else torch.float32
+    base = AutoModelForCausalLM.from_pretrained(task.base, dtype=dtype)
+    return PeftModel.from_pretrained(
+        base,
+        task.adapter,
+        is_trainable=True,
+        autocast_adapter_dtype=task.settings.zero_stage != 3,
+    )
+
+
+def _one_dtype(model: Any) -> None:
+    """Bring the trainer's copy of the adapter, the reference, to the dtype of the weights beside
+    it: ZeRO 3 gathers none of another."""
+    for name, parameter in model.named_parameters():
+        if ".ref." in name:
+            parameter.data = parameter.data.to(model.dtype)
+
+
+def _copy_adapter(written: Path, directory: Path, identity: str) -> None:
+    """Copy the adapter of a trainer's checkpoint, its base named by `identity`, not by a path."""
+    directory.mkdir(parents=True)
+    shutil.copyfile(written / _WEIGHTS, directory / _WEIGHTS)
+    config = json.loads((written / _CONFIG).read_text(encoding="utf-8"))
+    config["base_model_name_or_path"] = identity
+    (directory / _CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
 def tune(
@@ -110,9 +191,8 @@ def tune(
     """
     import torch
     from datasets import Dataset
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
-    from trl import DPOConfig, DPOTrainer
+    from transformers import AutoTokenizer, PrinterCallback, TrainerCallback
+    from trl import DPOTrainer
 
     from milm_ray.finetune.step import HEAD_ROWS
 
@@ -122,9 +202,6 @@ def tune(
     tokenizer = AutoTokenizer.from_pretrained(task.base)
     own = [row for row in rows if row["model"] == task.model]
     pairs, counts = pairs_of(own, tokenizer, task.chat_format, settings.cutoff)
-    dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
-    base = AutoModelForCausalLM.from_pretrained(task.base, dtype=dtype)
-    model = PeftModel.from_pretrained(base, task.adapter, is_trainable=True)
     longest = max(
         len(p["prompt_ids"]) + max(len(p["chosen_ids"]), len(p["rejected_ids"])) for p in pairs
     )
@@ -178,44 +255,25 @@ def tune(
                 place = directory / _TRAINER_DIR
                 shutil.copytree(written, place, ignore=left_out, dirs_exist_ok=True)
                 if rank == 0:
-                    _save_adapter(model, directory / ADAPTER_DIR, task.identity)
+                    _copy_adapter(written, directory / ADAPTER_DIR, task.identity)
 
             save(state.global_step, write)
 
     with tempfile.TemporaryDirectory() as output:
+        # Made before the model: while the arguments of a ZeRO 3 run live, weights are divided as
+        # they are read.
+        arguments = _arguments(task, output)
+        model = _model(task)
         trainer = Trainer(
             model=model,
-            args=DPOConfig(
-                output_dir=output,
-                beta=settings.dpo.beta,
-                learning_rate=settings.dpo.learning_rate,
-                num_train_epochs=settings.dpo.epochs,
-                lr_scheduler_type=settings.schedule,
-                warmup_steps=settings.warmup_ratio,
-                per_device_train_batch_size=settings.batch_size,
-                gradient_accumulation_steps=settings.gradient_accumulation,
-                gradient_checkpointing=settings.gradient_checkpointing is not False,
-                gradient_checkpointing_kwargs={"use_reentrant": False},
-                max_grad_norm=settings.max_grad_norm,
-                weight_decay=settings.weight_decay,
-                bf16=settings.precision == "bf16",
-                max_length=None,
-                logging_steps=settings.logging_steps,
-                logging_first_step=True,
-                logging_nan_inf_filter=False,
-                save_steps=settings.save_steps,
-                seed=task.seed,
-                use_cpu=not torch.cuda.is_available(),
-                ddp_backend="nccl" if torch.cuda.is_available() else "gloo",
-                ddp_find_unused_parameters=False,
-                report_to=[],
-                disable_tqdm=True,
-            ),
+            args=arguments,
             train_dataset=Dataset.from_list(pairs),
             processing_class=tokenizer,
             callbacks=[Listener()],
         )
         trainer.remove_callback(PrinterCallback)
+        if settings.zero_stage == 3:
+            _one_dtype(model)
         if rank == 0:
             say(f"{counts['pairs']} pairs, {counts['tokens']:,} tokens; {need.text()}")
         trainer.train(resume_from_checkpoint=str(resume / _TRAINER_DIR) if resume else None)

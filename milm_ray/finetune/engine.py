@@ -111,7 +111,7 @@ def _base_model(base: str | Path, settings: FinetuneSection) -> Any:
     dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
     if settings.zero_stage != 3:
         return AutoModelForCausalLM.from_pretrained(str(base), dtype=dtype)
-    _deepspeed()
+    deepspeed_module()
     from transformers.integrations import HfDeepSpeedConfig
 
     # While this object lives, transformers divides each layer among the workers before it fills it,
@@ -122,7 +122,7 @@ def _base_model(base: str | Path, settings: FinetuneSection) -> Any:
     return model
 
 
-def _deepspeed() -> Any:
+def deepspeed_module() -> Any:
     """The deepspeed module, set up for the device at hand."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -161,7 +161,7 @@ def start_engine(model: Any, settings: FinetuneSection) -> Any:
     The process group must be up. AdamW's betas and epsilon are torch's defaults, as in
     LLaMA-Factory.
     """
-    deepspeed = _deepspeed()
+    deepspeed = deepspeed_module()
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(
         trainable, lr=settings.learning_rate, weight_decay=settings.weight_decay

@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -16,14 +15,13 @@ import pyarrow as pa
 from milm_ray.config import Config
 from milm_ray.errors import ConfigError
 from milm_ray.finetune import preference
-from milm_ray.finetune.bases import base_entry, base_settings, source_of
+from milm_ray.finetune.bases import base_entry, base_settings, source_of, task_of
 from milm_ray.finetune.card import model_card
 from milm_ray.finetune.cluster import demand_of, resources_text, run_all
 from milm_ray.finetune.plots import loss_curves
-from milm_ray.finetune.train import ADAPTER_DIR, Task
 from milm_ray.job import Plan, Stage, finished
 from milm_ray.models import registry
-from milm_ray.models.chat_format import FORMATS, TEMPLATE_FILE, template
+from milm_ray.models.chat_format import FORMATS
 from milm_ray.schema import TRAINING_LOG
 from milm_ray.workspace import Workspace, digest
 
@@ -123,24 +121,12 @@ def _run_one(
     section = config.models[model]
     entry = base_entry(model, section)
     source = source_of(section, workspace)
-    task = Task(
-        model=model,
-        base="",
-        identity=source.identity,
-        chat_format=section.chat_format,
-        lora_targets=entry.lora_targets,
-        settings=config.finetune,
-        seed=config.seed,
-    )
     taken = demand_of(config.finetune).text()
     log.info("finetune %s | starts on %s, %s", model, taken, source.identity)
+    task = task_of(config, model, source)
     outcome = fit(task, source, workspace.uri, INPUT, f"{model}-{digest(fingerprint)[:12]}")
     artifact = f"adapters/{model}"
-    workspace.clear(artifact)
-    with outcome.checkpoint.as_directory() as directory:
-        for file in sorted((Path(directory) / ADAPTER_DIR).iterdir()):
-            workspace.write_bytes(file.read_bytes(), artifact, file.name)
-    workspace.write_text(template(section.chat_format), artifact, TEMPLATE_FILE)
+    outcome.write_adapter(workspace, artifact, section.chat_format)
     last = outcome.log[-1]
     final = {"final_loss": round(last["loss"], 4)}
     if last["eval_loss"] is not None:

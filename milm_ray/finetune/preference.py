@@ -10,21 +10,18 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from milm_ray.config import Config
-from milm_ray.errors import ConfigError, UserError
-from milm_ray.finetune.bases import base_entry, base_settings, source_of
+from milm_ray.errors import UserError
+from milm_ray.finetune.bases import base_entry, base_settings, source_of, task_of
 from milm_ray.finetune.card import preference_card
 from milm_ray.finetune.cluster import demand_of, resources_text, run_all
 from milm_ray.finetune.plots import preference_curves
-from milm_ray.finetune.train import ADAPTER_DIR, Task
 from milm_ray.job import Plan, finished
 from milm_ray.models import registry
-from milm_ray.models.chat_format import TEMPLATE_FILE, template
 from milm_ray.schema import PREFERENCE_LOG
 from milm_ray.workspace import Workspace, digest
 
@@ -35,7 +32,7 @@ INPUT = "preferences"
 LOG_TABLE = "rewards.parquet"
 _INFLUENCE = {
     *("dpo", "schedule", "warmup_ratio", "batch_size", "gradient_accumulation", "precision"),
-    *("cutoff", "max_grad_norm", "weight_decay", "workers_per_model"),
+    *("cutoff", "max_grad_norm", "weight_decay", "workers_per_model", "zero_stage"),
 }
 
 
@@ -59,10 +56,6 @@ def _fingerprint(config: Config, workspace: Workspace, model: str) -> dict[str, 
 
 def plan(config: Config, workspace: Workspace) -> Plan:
     """What preference tuning would do; writes nothing."""
-    if config.finetune.zero_stage == 3:
-        raise ConfigError(
-            ["finetune.zero_stage: method dpo does not divide the weights; use 0 or 2"]
-        )
     resources = resources_text(config)
     wanted = (INPUT, *(f"adapters/{model}" for model in config.models))
     if not all(workspace.exists(artifact, "manifest.json") for artifact in wanted):
@@ -111,25 +104,11 @@ def _run_one(
     section = config.models[model]
     entry = base_entry(model, section)
     source = source_of(section, workspace)
-    task = Task(
-        model=model,
-        base="",
-        identity=source.identity,
-        chat_format=section.chat_format,
-        lora_targets=entry.lora_targets,
-        settings=config.finetune,
-        seed=config.seed,
-        adapter=f"adapters/{model}",
-    )
+    task = task_of(config, model, source, adapter=f"adapters/{model}")
     log.info("finetune %s | preference tuning of adapters/%s/", model, model)
     outcome = fit(task, source, workspace.uri, INPUT, f"{model}-dpo-{digest(fingerprint)[:12]}")
     artifact = artifact_of(model)
-    workspace.clear(artifact)
-    with outcome.checkpoint.as_directory() as directory:
-        for file in sorted((Path(directory) / ADAPTER_DIR).iterdir()):
-            if file.is_file():
-                workspace.write_bytes(file.read_bytes(), artifact, file.name)
-    workspace.write_text(template(section.chat_format), artifact, TEMPLATE_FILE)
+    outcome.write_adapter(workspace, artifact, section.chat_format)
     last = outcome.log[-1]
     figures = {name: round(last[name], 4) for name in ("loss", "accuracy")}
     counts = {**outcome.counts, **{f"final_{name}": value for name, value in figures.items()}}

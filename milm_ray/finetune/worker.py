@@ -16,7 +16,8 @@ import pyarrow.fs as pafs
 from milm_ray import metrics
 from milm_ray.errors import UserError
 from milm_ray.finetune.bases import Source
-from milm_ray.finetune.train import Task, train
+from milm_ray.finetune.train import ADAPTER_DIR, Task, train
+from milm_ray.models.chat_format import TEMPLATE_FILE, template
 from milm_ray.workspace import Workspace
 
 # Checkpoints that stay beside a finished run; the last one is the finished state.
@@ -31,6 +32,14 @@ class Outcome:
     counts: dict[str, Any]
     log: list[dict[str, Any]]
     checkpoint: Any
+
+    def write_adapter(self, workspace: Workspace, artifact: str, chat_format: str) -> None:
+        """Put the adapter and its chat template in the place of what the artifact held."""
+        workspace.clear(artifact)
+        with self.checkpoint.as_directory() as directory:
+            for file in sorted((Path(directory) / ADAPTER_DIR).iterdir()):
+                workspace.write_bytes(file.read_bytes(), artifact, file.name)
+        workspace.write_text(template(chat_format), artifact, TEMPLATE_FILE)
 
 
 def fit(task: Task, source: Source, workspace: str, table: str, run_name: str) -> Outcome:

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 
 
 @pytest.fixture
 def one_process() -> Iterator[None]:
+    """See process_of_one."""
+    with process_of_one():
+        yield
+
+
+@contextmanager
+def process_of_one() -> Iterator[None]:
     """A process group of one, as training needs it, on one thread: tiny models gain by no more."""
     import torch
     from torch import distributed

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from milm_ray.models import registry
 from milm_ray.models.chat_format import render
 from milm_ray.models.checkpoint import prepare_base
 from milm_ray.models.messages import round_messages
+from tests.unit.conftest import process_of_one
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -138,12 +141,29 @@ def run(base, adapter, out, resume=None, die=False, **settings):
     return tune(task, rows, rank=0, workers=1, save=save, resume=resume, say=lambda text: None)
 
 
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, base, adapter):
+    """A run by one worker, and the adapter that it leaves."""
+    out = tmp_path_factory.mktemp("undisturbed")
+    with process_of_one():
+        return run(base, adapter, out), out / "step-6/adapter"
+
+
+def same(log, expected):
+    assert [row["step"] for row in log] == [row["step"] for row in expected]
+    for row, other in zip(log, expected, strict=True):
+        for name in ("loss", "grad_norm", "chosen_reward", "rejected_reward"):
+            assert row[name] == pytest.approx(other[name], abs=1e-4)
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_process")
-def test_the_chosen_replies_gain_and_a_killed_run_ends_the_same(tmp_path, base, adapter):
+def test_the_chosen_replies_gain_and_a_killed_run_ends_the_same(
+    tmp_path, base, adapter, undisturbed
+):
     from safetensors.torch import load_file
 
-    found = run(base, adapter, tmp_path / "whole")
+    found, place = undisturbed
     assert found["counts"]["pairs"] == 6
     assert found["counts"]["steps"] == 6
     log = found["log"]
@@ -157,17 +177,58 @@ def test_the_chosen_replies_gain_and_a_killed_run_ends_the_same(tmp_path, base, 
     with pytest.raises(Killed):
         run(base, adapter, tmp_path / "killed", die=True)
     resumed = run(base, adapter, tmp_path / "again", resume=tmp_path / "killed/step-3")
-    assert [row["step"] for row in resumed["log"]] == [1, 2, 3, 4, 5, 6]
-    for row, other in zip(log, resumed["log"], strict=True):
-        assert other["loss"] == pytest.approx(row["loss"], abs=1e-4)
+    same(resumed["log"], log)
 
-    place = tmp_path / "whole/step-6/adapter"
     assert {p.name for p in place.iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
     settings = json.loads((place / "adapter_config.json").read_text())
     assert settings["base_model_name_or_path"] == "tiny-llama3"
     before, after = (load_file(p / "adapter_model.safetensors") for p in (adapter, place))
     assert before.keys() == after.keys()
     assert any((after[name] - tensor).abs().max() > 1e-3 for name, tensor in before.items())
+
+
+def in_two_processes(tmp_path, base, adapter, name, **more):
+    """A run by two workers that divide the weights, half a step's pairs each."""
+    spec = tmp_path / f"{name}.spec"
+    out = tmp_path / "out"
+    out.mkdir(exist_ok=True)
+    settings = {**SETTINGS, "gradient_accumulation": 1, "zero_stage": 3}
+    told = {
+        "workers": 2,
+        "model": "llama3",
+        "base": str(base),
+        "adapter": str(adapter),
+        "rows": preferences(),
+        "rendezvous": str(tmp_path / f"{name}.meet"),
+        "out": str(out),
+        "runs": [{"name": name, "settings": settings, **more}],
+    }
+    spec.write_text(json.dumps(told), encoding="utf-8")
+    command = [sys.executable, str(ROOT / "tests/finetune_worker.py"), str(spec)]
+    workers = [subprocess.Popen([*command, str(rank)], cwd=ROOT) for rank in range(2)]
+    assert [worker.wait(timeout=300) for worker in workers] == [0, 0]
+    return out
+
+
+@pytest.mark.slow
+def test_workers_that_divide_the_weights_tune_alike_killed_and_resumed(
+    tmp_path, base, adapter, undisturbed
+):
+    from safetensors.torch import load_file
+
+    found, place = undisturbed
+    in_two_processes(tmp_path, base, adapter, "killed", die_after=3)
+    out = in_two_processes(tmp_path, base, adapter, "resumed", resume_from="killed/step-3")
+    divided = json.loads((out / "resumed.json").read_text(encoding="utf-8"))
+    assert divided["counts"] == found["counts"]
+    same(divided["log"], found["log"])
+    one, two = (
+        load_file(folder / "adapter_model.safetensors")
+        for folder in (place, out / "resumed/step-6/adapter")
+    )
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        assert (two[name] - tensor).norm() < 1e-2 * tensor.norm(), name
 
 
 @pytest.mark.slow
