@@ -25,6 +25,7 @@ from pydantic import (
 )
 
 from milm_ray.errors import ConfigError
+from milm_ray.schema import VARIANTS, Variant
 from milm_ray.section import Section, input_path
 from milm_ray.serve_settings import AccessSection, ChatSection, ServeSection
 from milm_ray.study_settings import MitiSection, SimulateSection
@@ -228,6 +229,9 @@ class FinetuneSection(Section):
 
 
 class GenerateSection(Section):
+    variants: list[Variant] = Field(
+        list(VARIANTS), min_length=1, description="who replies; dpo: where there is such an adapter"
+    )
     max_new_tokens: int = Field(512, ge=1)
     seeds: list[int] = Field(default_factory=list, description="sampled runs beside greedy")
     temperature: float = Field(0.95, ge=0, description="of sampled runs; LLaMA-Factory's default")

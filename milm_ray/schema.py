@@ -15,6 +15,10 @@ from typing import Any, Literal
 import pyarrow as pa
 
 Role = Literal["client", "counselor"]
+# Who replies for a model: its base, the base with the MI adapter, and with the one that preference
+# tuning has made of that, where it has.
+Variant = Literal["base", "adapter", "dpo"]
+VARIANTS: tuple[Variant, ...] = ("base", "adapter", "dpo")
 
 TURN = pa.struct([pa.field("role", pa.string()), pa.field("content", pa.string())])
 EXCHANGE = pa.struct([pa.field("client", pa.string()), pa.field("counselor", pa.string())])
@@ -78,7 +82,7 @@ PREDICTIONS = pa.schema(
         "dialogue_id": pa.string(),
         "round_index": pa.int64(),
         "model": pa.string(),
-        "variant": pa.string(),  # base | adapter
+        "variant": pa.string(),  # one of VARIANTS
         "sampling": pa.string(),  # greedy | seed-<n>
         "text": pa.string(),
         "finish_reason": pa.string(),

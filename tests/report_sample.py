@@ -6,6 +6,7 @@ import json
 import struct
 import time
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ REFERENCE = "您想少喝一点，又不想扫朋友的兴。"
 SOURCE_REPLY = "你应该马上戒酒，喝酒对身体不好。"
 
 REPLIES = {"base": "多喝水。", "adapter": "您想少喝一点，朋友在场时最难。"}
+AFTER_DPO = "您想少喝一点，又怕扫朋友的兴。"
 REJECT = schema.Reject("transcribe", "not_json", "cpsycound", "case_9", raw="好的，我来改写")
 TRANSCRIBED = {
     "asked": 9,
@@ -75,8 +77,11 @@ def config_file(folder: Path) -> Path:
     return path
 
 
-def build(folder: Path) -> tuple[Config, Workspace]:
-    """Write the configuration and every artifact but the report."""
+def build(folder: Path, tuned: Sequence[str] = ()) -> tuple[Config, Workspace]:
+    """Write the configuration and every artifact but the report.
+
+    tuned: models whose adapter was tuned further on preferences.
+    """
     config = load_config(config_file(folder))
     ws = Workspace.open(config.workspace)
     sources = [_dialogue(corpus, number) for corpus in CORPORA for number in range(4)]
@@ -109,12 +114,37 @@ def build(folder: Path) -> tuple[Config, Workspace]:
             name=f"{model}-mi",
         )
     ws.write_bytes(png(), "adapters", "loss_curves.png")
-    predictions = [_prediction(row, m, v) for row in rounds for m in MODELS for v in REPLIES]
+    for model in tuned:
+        _preference_tuned(ws, model)
+    said = {m: {**REPLIES, **({"dpo": AFTER_DPO} if m in tuned else {})} for m in MODELS}
+    predictions = [
+        _prediction(row, model, variant, text)
+        for row in rounds
+        for model, replies in said.items()
+        for variant, text in replies.items()
+    ]
     table = pa.Table.from_pylist(predictions, schema.PREDICTIONS)
-    runs = {f"{m}/{v}/greedy": _run(len(rounds)) for m in MODELS for v in REPLIES}
+    runs = {f"{m}/{v}/greedy": _run(len(rounds)) for m, replies in said.items() for v in replies}
     _commit(ws, "predictions", "generate", table, runs=runs)
     _score(config, ws, table)
     return config, ws
+
+
+def _preference_tuned(ws: Workspace, model: str) -> None:
+    place = f"adapters/{model}/dpo"
+    log = [{"model": model, "step": step, "loss": 0.7 - step / 10} for step in (1, 2)]
+    ws.write_bytes(png(), place, "loss.png")
+    _commit(
+        ws,
+        place,
+        "finetune",
+        pa.Table.from_pylist(log, schema.PREFERENCE_LOG),
+        "rewards.parquet",
+        counts={"pairs": 12, "steps": 2, "final_loss": 0.5, "final_accuracy": 0.75},
+        base=f"tiny/{model}",
+        name=f"{model}-mi-dpo",
+        judges=["judge-1"],
+    )
 
 
 def _score(config: Config, ws: Workspace, predictions: pa.Table) -> None:
@@ -182,14 +212,14 @@ def _rounds(dialogue: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def _prediction(row: dict[str, Any], model: str, variant: str) -> dict[str, Any]:
+def _prediction(row: dict[str, Any], model: str, variant: str, text: str) -> dict[str, Any]:
     return {
         "dialogue_id": row["dialogue_id"],
         "round_index": row["round_index"],
         "model": model,
         "variant": variant,
         "sampling": "greedy",
-        "text": REPLIES[variant],
+        "text": text,
         "finish_reason": "stop",
     }
 

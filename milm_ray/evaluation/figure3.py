@@ -1,6 +1,7 @@
 """Figure 3: base model against MI-LLM on BLEU-4 and ROUGE, one panel per metric.
 
-The paper's figure shows bars; ours adds the 95 % interval by dialogue of each.
+The paper's figure shows bars; ours adds the 95 % interval by dialogue of each, and a third bar
+where a model was tuned further on preferences.
 """
 
 from __future__ import annotations
@@ -14,15 +15,19 @@ from milm_ray.evaluation.overlap import METRICS
 
 TITLES = {"bleu_4": "BLEU-4", "rouge_1": "ROUGE-1", "rouge_2": "ROUGE-2", "rouge_l": "ROUGE-L"}
 # Okabe and Ito's colours, told apart in print and with colour-blind eyes.
-BARS = (("base", "Base model", "#999999"), ("adapter", "MI-LLM", "#0072B2"))
-_WIDTH = 0.38
+BARS = (
+    ("base", "Base model", "#999999"),
+    ("adapter", "MI-LLM", "#0072B2"),
+    ("dpo", "MI-LLM after DPO", "#E69F00"),
+)
+_GROUP_WIDTH = 0.76
 
 
 def draw(summary: Mapping[str, Any], *, sampling: str | None = None) -> bytes:
     """Grouped bars of a `score.summarise` result, as PNG bytes.
 
     sampling: the decoding to show; by default greedy, else the first there is. A model without
-    one of the two variants has one bar. Raises UserError when nothing was scored that way.
+    one of the variants lacks its bar. Raises UserError when nothing was scored that way.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -44,7 +49,7 @@ def draw(summary: Mapping[str, Any], *, sampling: str | None = None) -> bytes:
         panel.tick_params(axis="y", labelsize=8)
     panels[0].set_ylabel("score (0 to 100)")
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=2, frameon=False)
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
     figure.text(0.995, 0.005, _caption(shown), ha="right", va="bottom", fontsize=7, color="#555555")
     sink = io.BytesIO()
     canvas.print_png(sink)
@@ -74,15 +79,19 @@ def _bars(
 ) -> float:
     """Draw one metric's bars with their values; returns the height of the tallest mark."""
     tallest = 0.0
-    for offset, (variant, label, colour) in zip((-0.5, 0.5), BARS, strict=True):
+    # Base and MI-LLM have their places and their words in the legend even where one is missing.
+    drawn = [bar for bar in BARS if bar[0] != "dpo" or any(v == "dpo" for _, v in shown)]
+    width = _GROUP_WIDTH / len(drawn)
+    for number, (variant, label, colour) in enumerate(drawn):
+        offset = (number - (len(drawn) - 1) / 2) * width
         places = [i for i, model in enumerate(models) if (model, variant) in shown]
         scores = [shown[models[i], variant]["scores"][metric] for i in places]
         means = [score["mean"] for score in scores]
         # One dialogue alone has a mean and no interval.
         below = [s["mean"] - s["low"] if s["low"] is not None else 0 for s in scores]
         above = [s["high"] - s["mean"] if s["high"] is not None else 0 for s in scores]
-        x = [i + offset * _WIDTH for i in places]
-        panel.bar(x, means, _WIDTH, color=colour, label=label)
+        x = [i + offset for i in places]
+        panel.bar(x, means, width, color=colour, label=label)
         panel.errorbar(x, means, yerr=[below, above], fmt="none", ecolor="#222222", capsize=2, lw=1)
         for place, mean, top in zip(x, means, above, strict=True):
             panel.annotate(

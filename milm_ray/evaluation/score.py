@@ -27,6 +27,8 @@ Predictions = TypeVar("Predictions", pa.Table, "ray.data.Dataset")
 
 KEY = ("dialogue_id", "round_index", "model", "variant", "sampling")
 GROUP = ("model", "variant", "sampling")
+# What a variant is compared with: what it was tuned from.
+_AGAINST = {"adapter": "base", "dpo": "adapter"}
 ALL_METRICS = (*METRICS, "chrf")
 SCORES = pa.schema(
     [
@@ -162,8 +164,9 @@ def summarise(scores: pa.Table, *, resamples: int = 2000, seed: int = 0) -> dict
 
     * groups: per model, variant and sampling the number of rounds, dialogues, empty and truncated
       predictions, and per metric {mean, low, high} with a 95 % interval by dialogue;
-    * differences: per model and sampling, adapter against base on the rounds that both answered:
-      per metric {base, adapter, difference, low, high, p}, see `intervals.paired_difference`;
+    * differences: per model and sampling, `variant` adapter against base, dpo against the adapter
+      it was tuned from, on the rounds that both answered: per metric both means by the variants'
+      names and {difference, low, high, p}, see `intervals.paired_difference`;
     * by_round, by_topic: means and numbers of rounds in each.
 
     Where a model was sampled with several seeds, sampling "sampled" pools them: a round's score
@@ -238,17 +241,19 @@ def _group(key: tuple[str, ...], group: pd.DataFrame, options: dict[str, int]) -
 def _differences(groups: Groups, options: dict[str, int]) -> list[dict[str, Any]]:
     result = []
     for model, variant, sampling in sorted(groups):
-        base = groups.get((model, "base", sampling))
-        if variant != "adapter" or base is None:
+        before = _AGAINST.get(variant)
+        if before is None or (model, before, sampling) not in groups:
             continue
-        adapter = groups[model, variant, sampling]
-        pairs = base.merge(
-            adapter, on=["dialogue_id", "round_index"], suffixes=("_base", "_adapter")
+        pairs = groups[model, before, sampling].merge(
+            groups[model, variant, sampling],
+            on=["dialogue_id", "round_index"],
+            suffixes=("_before", "_after"),
         )
         if pairs.empty:
             continue
         entry: dict[str, Any] = {
             "model": model,
+            "variant": variant,
             "sampling": sampling,
             "rounds": len(pairs),
             "dialogues": int(pairs["dialogue_id"].nunique()),
@@ -256,14 +261,14 @@ def _differences(groups: Groups, options: dict[str, int]) -> list[dict[str, Any]
         }
         for metric in ALL_METRICS:
             paired = paired_difference(
-                pairs[f"{metric}_base"],
-                pairs[f"{metric}_adapter"],
+                pairs[f"{metric}_before"],
+                pairs[f"{metric}_after"],
                 pairs["dialogue_id"].to_numpy(),
                 **options,
             )
             entry["scores"][metric] = {
-                "base": paired.first,
-                "adapter": paired.second,
+                before: paired.first,
+                variant: paired.second,
                 "difference": paired.difference.mean,
                 "low": paired.difference.low,
                 "high": paired.difference.high,

@@ -146,24 +146,22 @@ class Pair:
 
 @dataclass(frozen=True)
 class Reply:
-    """One model's reply to a test round; `score` is a short line of its metrics."""
+    """What one variant of a model said; `score` is a short line of its metrics."""
 
-    label: str
-    base: str
-    adapter: str
-    base_score: str = ""
-    adapter_score: str = ""
+    side: str
+    text: str
+    score: str = ""
 
 
 @dataclass(frozen=True)
 class Example:
-    """A test round: what the client said, the reference, and each model's two replies."""
+    """A test round: what the client said, the reference, and each model's replies by its name."""
 
     kind: ClassVar[str] = "example"
     title: str
     client: str
     reference: str
-    replies: Sequence[Reply]
+    replies: Sequence[tuple[str, Sequence[Reply]]]
 
 
 @dataclass(frozen=True)

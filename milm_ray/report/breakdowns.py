@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from milm_ray.report.blocks import Column, Table
 
 _SHOWN = ("bleu_4", "rouge_l")
 _NAMES = {"bleu_4": "BLEU-4", "rouge_l": "ROUGE-L"}
-_SIDES = (("base", "Base"), ("adapter", "MI-LLM"))
+SIDES = {"base": "Base", "adapter": "MI-LLM", "dpo": "MI-LLM, DPO"}
 Rows = Sequence[Mapping[str, Any]]
+
+
+def sides_of(variants: Iterable[str]) -> list[str]:
+    """The variants to show: base and MI-LLM always, DPO where it is among `variants`."""
+    there = set(variants)
+    return [side for side in SIDES if side != "dpo" or side in there]
 
 
 def tables(
@@ -50,6 +56,7 @@ def _breakdown(
     order: Callable[[str], Any],
     label: Callable[[str], str],
 ) -> Table:
+    shown = sides_of(row["variant"] for row in rows)
     cells: dict[tuple[str, Any], dict[str, Mapping[str, Any]]] = {}
     for row in rows:
         if row["sampling"] == "greedy":
@@ -59,7 +66,7 @@ def _breakdown(
             label(model),
             "none given" if value == "" else value,
             max(side["rounds"] for side in sides.values()),
-            *(sides.get(variant, {}).get(metric) for metric in _SHOWN for variant, _ in _SIDES),
+            *(sides.get(variant, {}).get(metric) for metric in _SHOWN for variant in shown),
         ]
         for (model, value), sides in sorted(
             cells.items(), key=lambda item: (order(item[0][0]), item[0][1])
@@ -73,9 +80,9 @@ def _breakdown(
             Column(head),
             Column("Rounds", numeric=True),
             *(
-                Column(f"{_NAMES[metric]}, {side}", digits=2, numeric=True)
+                Column(f"{_NAMES[metric]}, {SIDES[variant]}", digits=2, numeric=True)
                 for metric in _SHOWN
-                for _, side in _SIDES
+                for variant in shown
             ),
         ],
         listed,
@@ -85,10 +92,10 @@ def _breakdown(
 
 
 def _diversity(rows: Rows, order: Callable[[str], Any], label: Callable[[str], str]) -> Table:
-    sides = dict(_SIDES)
+    places = list(SIDES)
     listed = [
-        [label(row["model"]), sides[row["variant"]], row["distinct_1"], row["distinct_2"]]
-        for row in sorted(rows, key=lambda row: (order(row["model"]), row["variant"] != "base"))
+        [label(row["model"]), SIDES[row["variant"]], row["distinct_1"], row["distinct_2"]]
+        for row in sorted(rows, key=lambda row: (order(row["model"]), places.index(row["variant"])))
         if row["sampling"] == "greedy"
     ]
     return Table(

@@ -30,8 +30,6 @@ METRIC_NAMES = {
     "rouge_l": "ROUGE-L",
     "chrf": "chrF",
 }
-_SIDES = ("base", "adapter")
-
 Manifests = Mapping[str, Mapping[str, Any]]
 
 
@@ -69,7 +67,8 @@ def remarks(section: str) -> list[Remark]:
 
 def finetune(config: Config, ws: Workspace, found: Manifests) -> Section:
     """Settings, last losses and loss curves of the adapters."""
-    adapters = [place for place in found if place.startswith("adapters/")]
+    places = [place for place in found if place.startswith("adapters/")]
+    adapters = [place for place in places if place.count("/") == 1]
     if not adapters:
         return absent("finetune", "Fine-tuning", "adapters/", "finetune")
     rows = []
@@ -111,9 +110,48 @@ def finetune(config: Config, ws: Workspace, found: Manifests) -> Section:
         "Fine-tuning",
         "Low-rank adapters on the three base models, trained at the same time on the same "
         "dialogues, with loss on every counselor turn.",
-        [*curves, table, _settings_table(found[adapters[0]]), *remarks("finetune")],
+        [
+            *curves,
+            table,
+            _settings_table(found[adapters[0]]),
+            *_preference_tuning(ws, {p: found[p] for p in places if p not in adapters}),
+            *remarks("finetune"),
+        ],
         source_list(found, "adapters", "adapters/"),
     )
+
+
+def _preference_tuning(ws: Workspace, tuned: Manifests) -> list[Any]:
+    """The adapters that were tuned further on preferences, with their curves; [] without any."""
+    if not tuned:
+        return []
+    rows, curves = [], []
+    for place, manifest in tuned.items():
+        model, counts = place.split("/")[1], manifest["counts"]
+        judges = ", ".join(manifest["judges"])
+        figures = [counts[key] for key in ("pairs", "steps", "final_loss", "final_accuracy")]
+        rows.append([model, manifest["name"], judges, *figures, manifest["seconds"]])
+        curves += images(ws, place, {"loss": f"Preference tuning of {model}: loss and rewards"})
+    table = Table(
+        "preference_tuning",
+        "Adapters tuned further by direct preference optimisation (DPO)",
+        [
+            Column("Model"),
+            Column("Adapter"),
+            Column("Judged by"),
+            Column("Pairs", numeric=True),
+            Column("Steps", numeric=True),
+            Column("Last loss", digits=3, numeric=True),
+            Column("Chosen reply ahead", digits=2, numeric=True),
+            Column("Seconds", digits=1, numeric=True),
+        ],
+        rows,
+        [
+            "The pairs are a language model's automatic judgements, not people's. The share of "
+            "pairs whose chosen reply is ahead is taken in training."
+        ],
+    )
+    return [table, *curves]
 
 
 def _settings_table(manifest: Mapping[str, Any]) -> Table:
@@ -157,28 +195,10 @@ def results(config: Config, ws: Workspace, found: Manifests) -> Section:
         return absent("results", "Base against MI-LLM", "metrics/", "score")
     summary = json.loads(ws.read_text("metrics", "summary.json"))
     counts = found["metrics"]["counts"]
-    groups = {(g["model"], g["variant"], g["sampling"]): g for g in summary["groups"]}
-    gained = {(d["model"], d["sampling"]): d["scores"] for d in summary["differences"]}
-    tables = []
-    samplings = sorted({s for _, _, s in groups}, key=lambda name: (name != "greedy", name))
-    for sampling in samplings:
-        rows = []
-        models = {model for model, _, s in groups if s == sampling}
-        for model in sorted(models, key=name_order(config)):
-            sides = [groups.get((model, side, sampling), {}).get("scores", {}) for side in _SIDES]
-            for metric in summary["metrics"]:
-                gain = gained.get((model, sampling), {}).get(metric, {})
-                rows.append(
-                    [
-                        model_label(config, model),
-                        METRIC_NAMES.get(metric, metric),
-                        *(_estimate(side.get(metric, {}), "mean") for side in sides),
-                        _estimate(gain, "difference"),
-                        gain.get("p"),
-                        _paper_bleu(config, model, metric),
-                    ]
-                )
-        tables.append(_score_table(sampling, rows, counts, summary["resamples"]))
+    samplings = {group["sampling"] for group in summary["groups"]}
+    ordered = sorted(samplings, key=lambda name: (name != "greedy", name))
+    tables = [_score_table(config, summary, sampling, counts) for sampling in ordered]
+    tables += [_dpo_table(config, summary, sampling) for sampling in ordered]
     figure = images(ws, "metrics", {"figure3": "Figure 3. Base model against MI-LLM, per model"})
     return Section(
         "results",
@@ -186,7 +206,7 @@ def results(config: Config, ws: Workspace, found: Manifests) -> Section:
         "How like the reference reply is what each model writes, before and after fine-tuning.",
         [
             *figure,
-            *tables,
+            *(table for table in tables if table.rows),
             *breakdowns.tables(
                 summary, name_order(config), lambda model: model_label(config, model)
             ),
@@ -201,38 +221,92 @@ def gains(config: Config, ws: Workspace, found: Manifests) -> dict[str, float]:
     if "metrics" not in found:
         return {}
     summary = json.loads(ws.read_text("metrics", "summary.json"))
-    rows = [d for d in summary["differences"] if d["sampling"] == "greedy"]
+    rows = [
+        d for d in summary["differences"] if (d["variant"], d["sampling"]) == ("adapter", "greedy")
+    ]
     rows.sort(key=lambda row: name_order(config)(row["model"]))
     return {row["model"]: row["scores"]["bleu_4"]["difference"] for row in rows}
 
 
 def _score_table(
-    sampling: str, rows: list[list[Any]], counts: Mapping[str, int], resamples: int
+    config: Config, summary: Mapping[str, Any], sampling: str, counts: Mapping[str, int]
 ) -> Table:
+    """Figure 3's numbers for one decoding, the paper's beside them."""
     return Table(
         f"figure3_scores_{sampling}",
         f"Figure 3 as a table. Mean scores in percent with 95 % intervals, decoding: {sampling}",
+        [*_gain_columns("base", "adapter"), Column("Paper, base → MI-LLM", numeric=True)],
         [
-            Column("Model"),
-            Column("Metric"),
-            Column("Base", digits=2, numeric=True, parts=INTERVAL),
-            Column("MI-LLM", digits=2, numeric=True, parts=INTERVAL),
-            Column("Gain", digits=2, numeric=True, parts=INTERVAL),
-            Column("p", digits=3, numeric=True, least=0.001),
-            Column("Paper, base → MI-LLM", numeric=True),
+            [*row, _paper_bleu(config, model, metric)]
+            for model, metric, row in _gain_rows(config, summary, sampling, "base", "adapter")
         ],
-        rows,
         [
             f"{counts['rounds']:,} rounds of {counts['dialogues']:,} dialogues. Intervals are "
-            f"bootstrap percentiles over {resamples:,} resamples of whole dialogues, because the "
-            "rounds of a dialogue are not independent. The gain is paired by round; p is "
-            "two-sided, from flipping the sign of whole dialogues. A round without a reply is in "
-            "neither.",
+            f"bootstrap percentiles over {summary['resamples']:,} resamples of whole dialogues, "
+            "because the rounds of a dialogue are not independent. The gain is paired by round; p "
+            "is two-sided, from flipping the sign of whole dialogues. A round without a reply is "
+            "in neither.",
             "The paper's column is its Figure 3, of which only BLEU-4 was available to us. Its "
             "models have 7 to 9 billion parameters; its test rounds are other ones.",
         ],
         grouped=True,
     )
+
+
+def _dpo_table(config: Config, summary: Mapping[str, Any], sampling: str) -> Table:
+    """What preference tuning changed; without rows where no model was tuned so."""
+    rows = _gain_rows(config, summary, sampling, "adapter", "dpo")
+    return Table(
+        f"dpo_scores_{sampling}",
+        f"Preference tuning. Mean scores in percent with 95 % intervals, decoding: {sampling}",
+        _gain_columns("adapter", "dpo"),
+        [row for _, _, row in rows],
+        [
+            "DPO: the MI-LLM tuned further on a language model's preferences, compared with the "
+            "MI-LLM it was tuned from, as above. The scores measure likeness to the teacher, which "
+            "those preferences do not aim at."
+        ],
+        grouped=True,
+    )
+
+
+def _gain_columns(before: str, after: str) -> list[Column]:
+    sides = (breakdowns.SIDES[before], breakdowns.SIDES[after], "Gain")
+    return [
+        Column("Model"),
+        Column("Metric"),
+        *(Column(side, digits=2, numeric=True, parts=INTERVAL) for side in sides),
+        Column("p", digits=3, numeric=True, least=0.001),
+    ]
+
+
+def _gain_rows(
+    config: Config, summary: Mapping[str, Any], sampling: str, before: str, after: str
+) -> list[tuple[str, str, list[Any]]]:
+    """Model, metric, and the cells of _gain_columns: of every model in Figure 3, else of those that
+    have the later variant."""
+    groups = {
+        (g["model"], g["variant"]): g["scores"]
+        for g in summary["groups"]
+        if g["sampling"] == sampling
+    }
+    gained = {
+        (d["model"], d["variant"]): d["scores"]
+        for d in summary["differences"]
+        if d["sampling"] == sampling
+    }
+    shown = {model for model, variant in groups if variant == after or before == "base"}
+    found = []
+    for model in sorted(shown, key=name_order(config)):
+        for metric in summary["metrics"]:
+            means = [
+                _estimate(groups.get((model, side), {}).get(metric, {}), "mean")
+                for side in (before, after)
+            ]
+            gain = gained.get((model, after), {}).get(metric, {})
+            cells = [model_label(config, model), METRIC_NAMES.get(metric, metric), *means]
+            found.append((model, metric, [*cells, _estimate(gain, "difference"), gain.get("p")]))
+    return found
 
 
 def _paper_bleu(config: Config, model: str, metric: str) -> str | None:

@@ -9,6 +9,7 @@ import pyarrow.compute as pc
 
 from milm_ray.config import Config
 from milm_ray.report.blocks import Column, Example, Remark, Reply, Section, Table, absent
+from milm_ray.report.breakdowns import SIDES, sides_of
 from milm_ray.report.models import Manifests, model_label, name_order
 from milm_ray.report.run import source_list
 from milm_ray.workspace import Workspace
@@ -21,7 +22,7 @@ _TINY = (
 
 
 def examples(config: Config, ws: Workspace, found: Manifests) -> Section:
-    """A few test rounds with the reference and every model's two greedy replies."""
+    """A few test rounds with the reference and every model's greedy replies."""
     if not {"predictions", "test_rounds"} <= found.keys():
         return absent("examples", "What they say", "predictions/", "generate")
     predictions = ws.read_table(
@@ -41,12 +42,16 @@ def examples(config: Config, ws: Workspace, found: Manifests) -> Section:
     for row in _spread(ws, set(said)):
         key = (row["dialogue_id"], row["round_index"])
         replies = [
-            Reply(
+            (
                 model_label(config, model),
-                said[key].get((model, "base"), ""),
-                said[key].get((model, "adapter"), ""),
-                scores.get((*key, model, "base"), ""),
-                scores.get((*key, model, "adapter"), ""),
+                [
+                    Reply(
+                        SIDES[side],
+                        said[key].get((model, side), ""),
+                        scores.get((*key, model, side), ""),
+                    )
+                    for side in sides_of(v for m, v in said[key] if m == model)
+                ],
             )
             for model in sorted({model for model, _ in said[key]}, key=name_order(config))
         ]

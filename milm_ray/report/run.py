@@ -44,6 +44,7 @@ ARTIFACTS = (
     Artifact("statistics", "Table 3", "split", "sets", shown=False),
     Artifact("llamafactory", "LLaMA-Factory export", "split", "records", shown=False),
     Artifact("adapters/", "Adapters", "finetune", "samples"),
+    Artifact("preferences", "Preference pairs", "preferences", "pairs", shown=False),
     Artifact("predictions", "Predictions", "generate", "rows"),
     Artifact("metrics", "Scores", "score", "rows"),
     Artifact("sessions/", "Sessions", "simulate", "sessions"),
@@ -76,6 +77,8 @@ def manifests(ws: Workspace) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for artifact in ARTIFACTS:
         each = _children(ws, artifact.name) if artifact.name.endswith("/") else []
+        if artifact.name == "adapters/":
+            each = [place for child in each for place in (child, f"{child}/dpo")]
         for place in (artifact.folder, *each):
             if ws.exists(place, MANIFEST):
                 found[place] = ws.manifest(place)
@@ -115,7 +118,8 @@ def flow(found: Mapping[str, Mapping[str, Any]]) -> Flow:
         count = None
         below = [place for place in found if place.startswith(artifact.name)]
         if artifact.name == "adapters/":
-            count = f"{len(below)} models" if below else None
+            models = {place.split("/")[1] for place in below}
+            count = f"{len(models)} models" if below else None
         elif artifact.name.endswith("/"):
             total = sum(rows_of(place, found[place]) or 0 for place in below)
             count = f"{total:,}" if below else None

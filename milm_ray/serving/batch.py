@@ -8,8 +8,8 @@ that was killed asks only for what it had not received.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,10 @@ from milm_ray.llm.replies import Request, Subject
 from milm_ray.llm.reply_store import ReplyStore
 from milm_ray.models import chat_format
 from milm_ray.models.messages import round_messages
-from milm_ray.schema import PREDICTIONS
+from milm_ray.schema import PREDICTIONS, VARIANTS, Variant
 from milm_ray.serving.adapters import DEFAULT_ADAPTER
 from milm_ray.serving.endpoints import base_digest
-from milm_ray.workspace import Workspace
+from milm_ray.workspace import MANIFEST, Workspace
 
 ROUNDS = "test_rounds"
 
@@ -48,7 +48,7 @@ class Run:
     """
 
     model: str
-    variant: str
+    variant: Variant
     endpoint: str
     version: str
     chat_format: str
@@ -60,32 +60,79 @@ class Run:
         return "greedy" if self.seed is None else f"seed-{self.seed}"
 
 
+def adapter_of(model: str, variant: Variant) -> tuple[str, str]:
+    """Artifact and endpoint of the adapter that stands behind a variant of a model."""
+    if variant == "dpo":
+        return f"adapters/{model}/dpo", f"{model}:dpo"
+    return f"adapters/{model}", f"{model}:{DEFAULT_ADAPTER}"
+
+
+def run_of(
+    config: Config,
+    workspace: Workspace,
+    base: Path,
+    model: str,
+    variant: Variant,
+    seed: int | None = None,
+) -> Run:
+    """One run. base: the model's prepared base. UserError where it has no such adapter."""
+    endpoint, version = model, base_digest(base)
+    if variant != "base":
+        artifact, endpoint = adapter_of(model, variant)
+        version = f"{version}+{workspace.manifest(artifact)['digest']}"
+    chat_format = config.models[model].chat_format
+    return Run(model, variant, endpoint, version, chat_format, str(base), seed)
+
+
+def variants_of(config: Config, workspace: Workspace, model: str) -> list[Variant]:
+    """The variants of a model that generate.variants names, dpo where it has been made."""
+    there = workspace.exists(adapter_of(model, "dpo")[0], MANIFEST)
+    return [v for v in VARIANTS if v in config.generate.variants and (v != "dpo" or there)]
+
+
 def runs(config: Config, workspace: Workspace, bases: Mapping[str, Path]) -> list[Run]:
-    """Every run of the configuration: models × {base, adapter} × {greedy, each seed}."""
-    found = []
-    for model, section in config.models.items():
-        base = base_digest(bases[model])
-        adapter = workspace.manifest(f"adapters/{model}")["digest"]
-        for variant, endpoint, version in (
-            ("base", model, base),
-            ("adapter", f"{model}:{DEFAULT_ADAPTER}", f"{base}+{adapter}"),
-        ):
-            for seed in (None, *config.generate.seeds):
-                place = str(bases[model])
-                found.append(
-                    Run(model, variant, endpoint, version, section.chat_format, place, seed)
-                )
-    return found
+    """Every run of the configuration: models × variants × {greedy, each seed}."""
+    return [
+        run_of(config, workspace, bases[model], model, variant, seed)
+        for model in config.models
+        for variant in variants_of(config, workspace, model)
+        for seed in (None, *config.generate.seeds)
+    ]
 
 
 def sampled_runs(
     config: Config, workspace: Workspace, bases: Mapping[str, Path], seeds: Sequence[int]
 ) -> list[Run]:
     """A run of every model's adapter for each seed."""
-    greedy = [
-        r for r in runs(config, workspace, bases) if r.variant == "adapter" and r.seed is None
+    return [
+        run_of(config, workspace, bases[model], model, "adapter", seed)
+        for model in config.models
+        for seed in seeds
     ]
-    return [replace(run, seed=seed) for run in greedy for seed in seeds]
+
+
+def made_from(
+    config: Config,
+    workspace: Workspace,
+    inputs: Iterable[str],
+    seeds: Sequence[int],
+    **settings: Any,
+) -> dict[str, Any]:
+    """The fingerprint of replies: everything they depend on.
+
+    inputs: the artifacts of the rounds and the adapters; settings: what else counts.
+    """
+    sampling = {"max_new_tokens", "temperature", "top_p"}
+    return workspace.fingerprint(
+        {
+            "generate": config.generate.model_dump(include=sampling),
+            "seeds": list(seeds),
+            "serve": config.serve.model_dump(include={"max_model_len", "dtype", "engine"}),
+            "models": {name: section.model_dump() for name, section in config.models.items()},
+            **settings,
+        },
+        workspace.input_digests(*inputs),
+    )
 
 
 def predict(

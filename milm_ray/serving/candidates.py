@@ -17,22 +17,19 @@ from milm_ray.serving import batch
 from milm_ray.serving.endpoints import app_args, prepared_bases
 from milm_ray.serving.predict import MAX_REJECT_RATE, write
 from milm_ray.serving.running import models_in_use
-from milm_ray.workspace import Workspace
+from milm_ray.workspace import MANIFEST, Workspace
 
 ROUNDS = "preference_rounds"
 ARTIFACT = "candidates"
 REJECTED = "rejects/candidates"
 
 
+def _inputs(config: Config) -> list[str]:
+    return [ROUNDS, *(batch.adapter_of(model, "adapter")[0] for model in config.models)]
+
+
 def _fingerprint(config: Config, workspace: Workspace) -> dict[str, Any]:
-    settings = {
-        "generate": config.generate.model_dump(exclude={"concurrency", "seeds"}),
-        "seeds": config.preferences.seeds,
-        "serve": config.serve.model_dump(include={"max_model_len", "dtype", "engine"}),
-        "models": {name: section.model_dump() for name, section in config.models.items()},
-    }
-    adapters = [f"adapters/{model}" for model in config.models]
-    return workspace.fingerprint(settings, workspace.input_digests(ROUNDS, *adapters))
+    return batch.made_from(config, workspace, _inputs(config), config.preferences.seeds)
 
 
 def plan(config: Config, workspace: Workspace) -> Plan:
@@ -41,8 +38,7 @@ def plan(config: Config, workspace: Workspace) -> Plan:
         raise ConfigError(["models: name at least one model to sample replies from"])
     seeds = config.preferences.seeds
     notes = (f"{len(seeds)} replies of each of {len(config.models)} adapters to every round",)
-    inputs = [ROUNDS, *(f"adapters/{model}" for model in config.models)]
-    if not all(workspace.exists(name, "manifest.json") for name in inputs):
+    if not all(workspace.exists(name, MANIFEST) for name in _inputs(config)):
         return Plan(notes=notes)
     done = workspace.is_done(ARTIFACT, _fingerprint(config, workspace))
     rows = batch.count(workspace, workspace.parquet_files(ROUNDS))

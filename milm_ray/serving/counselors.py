@@ -65,7 +65,10 @@ def counselors(
     """The counselors of the arms asked for, on endpoints that run as long as the block."""
     connect(config)
     bases = prepared_bases(config, workspace)
-    runs = {(r.model, r.variant): r for r in batch.runs(config, workspace, bases) if r.seed is None}
+    runs = {
+        (model, variant): batch.run_of(config, workspace, bases[model], model, variant)
+        for model, variant in arms
+    }
     args = app_args(config, workspace, bases)
     store = ReplyStore(workspace)
     log.info("simulate | %d engines answer; starting them takes a while", len(args.models))

@@ -1,7 +1,8 @@
-"""Generate: base and adapter replies to every test round, asked of the Serve endpoints.
+"""Generate: every variant's reply to every test round, asked of the Serve endpoints.
 
-In: `test_rounds/`, `adapters/<model>/`. Out: `predictions/`, rounds × models × {base, adapter} ×
-{greedy, each seed}, one row each; `rejects/generate/` for rounds that got no reply.
+In: `test_rounds/`, `adapters/<model>/`. Out: `predictions/`, rounds × models × {base, adapter, and
+dpo where preference tuning has made one} × {greedy, each seed}, one row each; `rejects/generate/`
+for rounds that got no reply.
 
 A run that was killed asks only for the replies it had not received (see `batch`).
 """
@@ -19,11 +20,11 @@ from milm_ray.config import Config
 from milm_ray.errors import ConfigError, UserError
 from milm_ray.job import Plan, Stage, finished, log
 from milm_ray.models.chat_format import FORMATS
-from milm_ray.schema import PREDICTIONS, REJECTS, Reject
+from milm_ray.schema import PREDICTIONS, REJECTS, Reject, Variant
 from milm_ray.serving import batch
 from milm_ray.serving.endpoints import app_args, prepared_bases
 from milm_ray.serving.running import kept_models, models_in_use
-from milm_ray.workspace import Workspace
+from milm_ray.workspace import MANIFEST, Workspace
 
 ARTIFACT = "predictions"
 REJECTED = "rejects/generate"
@@ -34,14 +35,26 @@ MAX_REJECT_RATE = 0.01
 _ROWS_PER_FILE = 4096
 
 
+def _replying(config: Config, workspace: Workspace) -> dict[str, list[Variant]]:
+    return {model: batch.variants_of(config, workspace, model) for model in config.models}
+
+
+def _inputs(config: Config, workspace: Workspace) -> list[str]:
+    return [
+        ROUNDS,
+        *(
+            batch.adapter_of(model, variant)[0]
+            for model, variants in _replying(config, workspace).items()
+            for variant in variants
+            if variant != "base"
+        ),
+    ]
+
+
 def _fingerprint(config: Config, workspace: Workspace) -> dict[str, Any]:
-    settings = {
-        "generate": config.generate.model_dump(exclude={"concurrency"}),
-        "serve": config.serve.model_dump(include={"max_model_len", "dtype", "engine"}),
-        "models": {name: section.model_dump() for name, section in config.models.items()},
-    }
-    adapters = [f"adapters/{model}" for model in config.models]
-    return workspace.fingerprint(settings, workspace.input_digests(ROUNDS, *adapters))
+    inputs, seeds = _inputs(config, workspace), config.generate.seeds
+    variants = _replying(config, workspace)
+    return batch.made_from(config, workspace, inputs, seeds, variants=variants)
 
 
 def plan(config: Config, workspace: Workspace) -> Plan:
@@ -56,11 +69,19 @@ def plan(config: Config, workspace: Workspace) -> Plan:
         f"{serve.replicas * len(config.models)} engines with {serve.cpus_per_replica:g} CPU "
         f"and {device} each"
     )
-    passes = 2 * len(config.models) * (1 + len(config.generate.seeds))
+    replying = _replying(config, workspace)
+    if not any(replying.values()):
+        raise ConfigError(
+            [
+                "generate.variants: no model has a dpo adapter yet; jobs/finetune.py with "
+                "finetune.method=dpo makes it"
+            ]
+        )
+    passes = sum(map(len, replying.values())) * (1 + len(config.generate.seeds))
     seeds = f" and seeds {config.generate.seeds}" if config.generate.seeds else ""
-    notes = (f"{passes} runs: base and adapter of each model, greedy{seeds}",)
-    inputs = [ROUNDS, *(f"adapters/{model}" for model in config.models)]
-    if not all(workspace.exists(name, "manifest.json") for name in inputs):
+    named = ", ".join(f"{model} ({', '.join(who)})" for model, who in replying.items() if who)
+    notes = (f"{passes} runs: {named}; greedy{seeds}",)
+    if not all(workspace.exists(name, MANIFEST) for name in _inputs(config, workspace)):
         return Plan(resources=resources, notes=notes)
     if workspace.is_done(ARTIFACT, _fingerprint(config, workspace)):
         return Plan(done=True)

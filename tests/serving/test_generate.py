@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from milm_ray.config import Config
+from milm_ray.errors import ConfigError
 from milm_ray.llm.reply_store import ReplyStore
 from milm_ray.schema import PREDICTIONS
 from milm_ray.serving import batch
 from milm_ray.serving import predict as stage
-from tests.serving.conftest import Served, sample_rounds
+from tests.serving.conftest import Served, commit, random_adapter, sample_rounds
 
 pytestmark = pytest.mark.slow
 
@@ -65,6 +68,48 @@ def test_adapters_reply_to_a_round_once_per_seed(served: Served) -> None:
     # Sampled with different seeds, replies differ: there is something to rank.
     for model in served.bases:
         assert len({row["text"] for row in rows if row["model"] == model}) > 2
+
+
+@pytest.fixture
+def preference_tuned(served: Served) -> Iterator[str]:
+    """A model that has another adapter beside its own, as preference tuning leaves one."""
+    model = "glm4"
+    place = served.workspace.local("adapters", model, "dpo")
+    random_adapter(served.bases[model], place, model, 7)
+    commit(served.workspace, f"adapters/{model}/dpo")
+    yield model
+    shutil.rmtree(place)
+
+
+def test_an_adapter_tuned_on_preferences_replies_beside_the_others(
+    served: Served, preference_tuned: str
+) -> None:
+    before = stage._fingerprint(without_dpo(served.config), served.workspace)
+    assert stage._fingerprint(served.config, served.workspace) != before
+    wanted = batch.runs(served.config, served.workspace, served.bases)
+    assert [run.endpoint for run in wanted if run.variant == "dpo"] == ["glm4:dpo"] * 2
+    assert "glm4 (base, adapter, dpo)" in stage.plan(served.config, served.workspace).notes[0]
+    greedy = [run for run in wanted if run.model == preference_tuned and run.seed is None]
+    tally = write(served, greedy)
+    assert tally.by_run()["glm4/dpo/greedy"]["predictions"] == 4 * 6
+    said = predictions(served).to_pylist()
+    by_round: dict[tuple[str, int], set[str]] = {}
+    for row in said:
+        by_round.setdefault((row["dialogue_id"], row["round_index"]), set()).add(row["text"])
+    assert all(len(texts) == 3 for texts in by_round.values())
+
+
+def test_without_one_its_variant_alone_is_refused(served: Served) -> None:
+    config = served.config.model_copy(deep=True)
+    config.generate.variants = ["dpo"]
+    with pytest.raises(ConfigError, match=r"generate\.variants: no model has a dpo adapter"):
+        stage.plan(config, served.workspace)
+
+
+def without_dpo(config: Config) -> Config:
+    other = config.model_copy(deep=True)
+    other.generate.variants = ["base", "adapter"]
+    return other
 
 
 def predictions(served: Served) -> pa.Table:

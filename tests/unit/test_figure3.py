@@ -30,7 +30,17 @@ def bars(png: bytes, colour: str) -> float:
 def test_both_variants_are_drawn_and_the_better_has_more_bar():
     png = figure3.draw({"groups": [group("a", "base", 2.0), group("a", "adapter", 6.0)]})
     assert png.startswith(b"\x89PNG")
-    base, adapter = (bars(png, colour) for _, _, colour in figure3.BARS)
+    base, adapter, dpo = (bars(png, colour) for _, _, colour in figure3.BARS)
+    assert dpo == 0
+    assert adapter > 2 * base > 0
+
+
+def test_a_model_tuned_on_preferences_has_a_third_bar():
+    tuned = [group("a", "base", 2.0), group("a", "adapter", 6.0), group("a", "dpo", 12.0)]
+    png = figure3.draw({"groups": [*tuned, group("b", "base", 2.0), group("b", "adapter", 6.0)]})
+    base, adapter, dpo = (bars(png, colour) for _, _, colour in figure3.BARS)
+    # Twice as high, at half as many models.
+    assert dpo == pytest.approx(adapter, rel=0.1)
     assert adapter > 2 * base > 0
 
 
@@ -38,7 +48,7 @@ def test_a_missing_variant_leaves_a_gap_and_one_dialogue_no_interval():
     png = figure3.draw(
         {"groups": [group("a", "adapter", 6.0, interval=False), group("b", "adapter", 0.0)]}
     )
-    base, adapter = (bars(png, colour) for _, _, colour in figure3.BARS)
+    base, adapter, _ = (bars(png, colour) for _, _, colour in figure3.BARS)
     assert adapter > 0.02
     assert base < 0.002  # nothing but the legend's patch
 

@@ -88,6 +88,30 @@ def test_scores_on_the_page_are_those_of_the_metrics(built: tuple[Config, Worksp
     assert shown in re.sub(r"\s+", " ", _Page(html).text)
 
 
+def test_a_model_tuned_on_preferences_stands_beside_its_adapter(
+    built: tuple[Config, Workspace, str], tmp_path: Path
+) -> None:
+    config, ws = report_sample.build(tmp_path, tuned=["llama3"])
+    STAGE.run(config, ws)
+    html = ws.read_text("report", "index.html")
+    text = re.sub(r"\s+", " ", _Page(html).text)
+    rows = list(csv.DictReader(io.StringIO(ws.read_text("report", "dpo_scores_greedy.csv"))))
+    assert {row["Model"] for row in rows} == {"llama3"}
+    bleu = next(row for row in rows if row["Metric"] == "BLEU-4")
+    gain = float(bleu["MI-LLM, DPO"]) - float(bleu["MI-LLM"])
+    assert float(bleu["Gain"]) == pytest.approx(gain)
+    assert gain > 0
+    varied = list(csv.DictReader(io.StringIO(ws.read_text("report", "diversity.csv"))))
+    assert [row["Variant"] for row in varied].count("MI-LLM, DPO") == 1
+    (tuned,) = csv.DictReader(io.StringIO(ws.read_text("report", "preference_tuning.csv")))
+    assert (tuned["Model"], tuned["Judged by"], tuned["Pairs"]) == ("llama3", "judge-1", "12")
+    assert "Preference tuning of llama3" in text
+    assert "3 models" in text
+    assert text.count(report_sample.AFTER_DPO) == 3  # the examples
+    # Nothing of it where no model was tuned so.
+    assert "DPO" not in _Page(built[2]).text
+
+
 def test_paper_stands_beside_each_model(built: tuple[Config, Workspace, str]) -> None:
     text = _Page(built[2]).text
     for base, tuned in paper.BLEU_4.values():

@@ -100,6 +100,19 @@ def test_adapter_is_compared_with_base_on_the_rounds_that_both_answered():
     assert [g["rounds"] for g in summary["groups"]] == [4, 3]  # adapter, base
 
 
+def test_a_dpo_adapter_is_compared_with_the_adapter_it_was_tuned_from():
+    rows = base_and_adapter()
+    rows += [prediction(key, output, "dpo") for key, output in OUTPUTS.items() if key[0] != "d3"]
+    summary = summarise(score_predictions(table(rows), rounds()))
+    adapter, dpo = summary["differences"]
+    assert (adapter["variant"], adapter["rounds"]) == ("adapter", 4)
+    assert (dpo["variant"], dpo["rounds"], dpo["dialogues"]) == ("dpo", 3, 2)
+    found = dpo["scores"]["bleu_4"]
+    assert found["dpo"] == 100
+    assert found["adapter"] < 100
+    assert found["difference"] == pytest.approx(100 - found["adapter"])
+
+
 def test_seeds_are_pooled_by_round():
     key = ("d1", 0)
     rows = [prediction(key, "听起来你累了。", sampling="greedy")]
