@@ -151,10 +151,19 @@ class Workspace:
         infos = self.filesystem.get_file_info(selector)
         return sorted(info.path for info in infos if info.path.endswith(".parquet"))
 
-    def write_table(self, table: pa.Table, artifact: str, name: str = "part-0.parquet") -> None:
-        """Write one Parquet file of an artifact, whole or not at all."""
+    def write_table(
+        self,
+        table: pa.Table,
+        artifact: str,
+        name: str = "part-0.parquet",
+        rows_per_group: int | None = None,
+    ) -> None:
+        """Write one Parquet file of an artifact, whole or not at all.
+
+        rows_per_group: for tables that are read a few rows at a time; None: pyarrow's million.
+        """
         sink = pa.BufferOutputStream()
-        pq.write_table(table, sink, compression="zstd")
+        pq.write_table(table, sink, compression="zstd", row_group_size=rows_per_group)
         self.write_bytes(sink.getvalue().to_pybytes(), artifact, name)
 
     def manifest(self, artifact: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 
 from milm_ray.config import Config
-from milm_ray.dataset.rounds import rounds
+from milm_ray.dataset.rounds import ROUNDS_PER_GROUP, rounds
 from milm_ray.dataset.sampling import Row, rank
 from milm_ray.dataset.transcript import transcript
 from milm_ray.errors import UserError
@@ -65,7 +65,8 @@ def choose_rounds(config: Config, workspace: Workspace) -> Mapping[str, Any]:
     # In the dialogues' order an engine's prefix cache holds round k when round k+1 comes.
     chosen = sorted(every[: config.preferences.rounds], key=_round)
     workspace.clear(ROUNDS_TABLE)
-    workspace.write_table(pa.Table.from_pylist(chosen, ROUNDS), ROUNDS_TABLE)
+    table = pa.Table.from_pylist(chosen, ROUNDS)
+    workspace.write_table(table, ROUNDS_TABLE, rows_per_group=ROUNDS_PER_GROUP)
     return workspace.commit(
         ROUNDS_TABLE,
         stage="preference_rounds",

@@ -8,6 +8,9 @@ from typing import Any
 from milm_ray.models.messages import INSTRUCTION
 from milm_ray.schema import turns_of
 
+# Batch prediction reads a few rounds at a time, and a group of rows whole.
+ROUNDS_PER_GROUP = 256
+
 _SPEAKER = {"client": "来访者", "counselor": "心理咨询师"}
 
 

@@ -19,7 +19,7 @@ import pyarrow.dataset as pads
 from milm_ray.config import Config
 from milm_ray.dataset import export
 from milm_ray.dataset.augment import augment, paraphrasing_plan
-from milm_ray.dataset.rounds import rounds
+from milm_ray.dataset.rounds import ROUNDS_PER_GROUP, rounds
 from milm_ray.dataset.sampling import Row, rank
 from milm_ray.dataset.statistics import COUNTING_RULE, table_row
 from milm_ray.errors import UserError
@@ -138,21 +138,22 @@ def run(config: Config, workspace: Workspace) -> Mapping[str, Any]:
     counts = {"dialogues": len(train), "augmented": len(added.rows)}
     commit("train", {**counts, "left_out": added.left_out}, usage=added.usage)
     commit("test", {"dialogues": len(test)})
-    workspace.write_table(pa.Table.from_pylist(test_rounds, schema=ROUNDS), "test_rounds")
+    table = pa.Table.from_pylist(test_rounds, schema=ROUNDS)
+    workspace.write_table(table, "test_rounds", rows_per_group=ROUNDS_PER_GROUP)
     commit("test_rounds", {"rounds": len(test_rounds)}, instruction=INSTRUCTION)
     for name, records in export.files([*train, *added.rows], test).items():
         workspace.write_text(_json(records), "llamafactory", name)
     commit(
         "llamafactory", {"train_dialogues": sum(counts.values()), "test_rounds": len(test_rounds)}
     )
-    table = _table3(workspace, rows, train, test)
+    table3 = _table3(workspace, rows, train, test)
     if added.rows:
-        table["rows"].append(_row("MI train with copies", [*train, *added.rows]))
-    workspace.write_text(_json(table), "statistics", "table3.json")
+        table3["rows"].append(_row("MI train with copies", [*train, *added.rows]))
+    workspace.write_text(_json(table3), "statistics", "table3.json")
     return commit(
         "statistics",
         {"train": len(train), "test": len(test), "test_rounds": len(test_rounds)},
-        table3=table,
+        table3=table3,
     )
 
 

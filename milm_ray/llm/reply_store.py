@@ -15,6 +15,7 @@ import errno
 import fcntl
 import gzip
 import hashlib
+import io
 import json
 import os
 import socket
@@ -22,7 +23,7 @@ import threading
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pyarrow.fs as pafs
 
@@ -46,22 +47,21 @@ class _Source:
         self.content = content  # None: a local plain file, read where it lies
         self.consumed = 0
 
-    def unread(self) -> bytes:
+    def unread(self) -> Iterator[bytes]:
         """The whole lines not indexed yet; a last line without its newline is left for later."""
-        if self.content is not None:
-            data = self.content[self.consumed :]
-        else:
-            with open(self.path, "rb") as stream:
-                stream.seek(self.consumed)
-                data = stream.read()
-        return data[: data.rfind(b"\n") + 1]
+        with self._open() as stream:
+            stream.seek(self.consumed)
+            for line in stream:
+                if line.endswith(b"\n"):
+                    yield line
 
     def line(self, start: int, length: int) -> bytes:
-        if self.content is not None:
-            return self.content[start : start + length]
-        with open(self.path, "rb") as stream:
+        with self._open() as stream:
             stream.seek(start)
             return stream.read(length)
+
+    def _open(self) -> IO[bytes]:
+        return io.BytesIO(self.content) if self.content is not None else open(self.path, "rb")
 
 
 class ReplyStore:
@@ -184,7 +184,7 @@ class ReplyStore:
 
     def _add_lines(self, source: _Source) -> None:
         start = source.consumed
-        for line in source.unread().splitlines(keepends=True):
+        for line in source.unread():
             if line.startswith(_KEY_START) and line.endswith(b"}\n"):
                 try:
                     key = bytes.fromhex(line[len(_KEY_START) : _KEY_END].decode())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -205,12 +206,13 @@ def in_two_processes(tmp_path, base, adapter, name, **more):
     }
     spec.write_text(json.dumps(told), encoding="utf-8")
     command = [sys.executable, str(ROOT / "tests/finetune_worker.py"), str(spec)]
-    workers = [subprocess.Popen([*command, str(rank)], cwd=ROOT) for rank in range(2)]
+    quiet = {**os.environ, "PYTHONWARNINGS": "ignore"}
+    workers = [subprocess.Popen([*command, str(rank)], cwd=ROOT, env=quiet) for rank in range(2)]
     assert [worker.wait(timeout=300) for worker in workers] == [0, 0]
     return out
 
 
-@pytest.mark.slow
+@pytest.mark.scenario
 def test_workers_that_divide_the_weights_tune_alike_killed_and_resumed(
     tmp_path, base, adapter, undisturbed
 ):
