@@ -105,7 +105,6 @@ def settle(
     not do otherwise: all workers take part, and decide alike. UserError when memory will not do.
     """
     import torch
-    from torch import distributed
 
     fused = torch.device(device).type == "cuda"
 
@@ -114,23 +113,46 @@ def settle(
 
     if settings.gradient_checkpointing is None:
         plain = settings.model_copy(update={"gradient_checkpointing": False})
-        fits = torch.tensor(need(plain).total < _SAFE * _free(device), device=device).int()
-        if distributed.is_initialized():
-            distributed.all_reduce(fits, distributed.ReduceOp.MIN)
-        settings = settings.model_copy(update={"gradient_checkpointing": not bool(fits)})
+        fits = need(plain).total < _SAFE * _free_everywhere(device)
+        settings = settings.model_copy(update={"gradient_checkpointing": not fits})
     check(model, need(settings), device)
     return settings, need(settings)
 
 
+def check_weights(
+    model: str,
+    architecture: Mapping[str, Any],
+    settings: FinetuneSection,
+    workers: int,
+    device: Any,
+) -> None:
+    """UserError, on all workers, where the weights alone will not do: known before they are there.
+
+    architecture: the source's config.json.
+    """
+    check(model, estimate(architecture, settings, workers, tokens=0, head_rows=0), device)
+
+
 def check(model: str, need: Estimate, device: Any) -> None:
-    """UserError when the worker's device has less free memory than the estimate."""
-    free = _free(device)
+    """UserError, on all workers, when the device of one has less free memory than the estimate."""
+    free = _free_everywhere(device)
     if need.total > free:
         raise UserError(
             f"{model} needs {need.text()}, and {free / GIB:.1f} GiB are free on {device}",
             "lower finetune.pack_tokens or finetune.cutoff, set finetune.gradient_checkpointing, "
             "or share the weights: finetune.zero_stage=3 with more finetune.workers_per_model",
         )
+
+
+def _free_everywhere(device: Any) -> float:
+    """The free bytes of the worker that has the fewest; all workers take part."""
+    import torch
+    from torch import distributed
+
+    free = torch.tensor(_free(device), dtype=torch.float64, device=device)
+    if distributed.is_initialized():
+        distributed.all_reduce(free, distributed.ReduceOp.MIN)
+    return float(free)
 
 
 def _free(device: Any) -> float:

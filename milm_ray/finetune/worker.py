@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import pyarrow.fs as pafs
 
@@ -23,6 +23,7 @@ from milm_ray.workspace import Workspace
 # Checkpoints that stay beside a finished run; the last one is the finished state.
 _KEPT = 2
 _BOARD = "tensorboard"
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,9 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
     import transformers
     from ray.train.v2._internal.execution import context as train_context
 
+    from milm_ray.finetune import memory
     from milm_ray.finetune.engine import Diverged
+    from milm_ray.models.checkpoint import architecture
 
     # This logger bears its file's name, so that the run's log level does not reach it.
     logging.getLogger(train_context.__file__).setLevel(logging.WARNING)
@@ -176,7 +179,15 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
     context = ray.train.get_context()
     rank = context.get_world_rank()
     try:
-        base = _prepared(config["source"], context.get_local_rank())
+        source: Source = config["source"]
+        memory.check_weights(
+            task.model,
+            _together(lambda: architecture(source.name_or_path, source.revision)),
+            task.settings,
+            context.get_world_size(),
+            torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+        )
+        base = _prepared(source, context.get_local_rank())
         place = config["workspace"]
         workspace = Workspace.open(place)
         rows = workspace.read_table(config["table"]).to_pylist()
@@ -269,8 +280,6 @@ def _fetched(workspace: Workspace, artifact: str) -> str:
 
 def _prepared(source: Source, local_rank: int) -> Path:
     """The base in its native layout; one worker of a node prepares it, the others wait."""
-    from torch import distributed
-
     from milm_ray.models.checkpoint import prepare_base
 
     def prepare() -> Path:
@@ -279,6 +288,25 @@ def _prepared(source: Source, local_rank: int) -> Path:
         )
 
     if local_rank == 0:
-        prepare()
-    distributed.barrier()
+        _together(prepare)
+    else:
+        _together(lambda: None)
     return prepare()
+
+
+def _together(action: Callable[[], _T]) -> _T:
+    """What the action returns, once all workers have done theirs; a UserError of one is raised on
+    all, so that none waits for another."""
+    from torch import distributed
+
+    result, failure = None, None
+    try:
+        result = action()
+    except UserError as error:
+        failure = (error.cause, error.fix)
+    failures: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(failures, failure)
+    for found in failures:
+        if found:
+            raise UserError(*found)
+    return cast(_T, result)

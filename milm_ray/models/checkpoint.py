@@ -25,6 +25,7 @@ from milm_ray.workspace import Workspace
 
 MARKER = "milm_base.json"
 _LAYOUT_VERSION = 1
+_CONFIG = "config.json"
 _SMALL = ("*.json", "*.model", "*.jinja", "LICENSE*", "*.txt")
 _SAFE, _PICKLED = "*.safetensors", "*.bin"
 _FILES = (*_SMALL, _SAFE, _PICKLED)
@@ -54,8 +55,14 @@ def prepare_base(
     UserError: the source cannot be found or read, or has a layout that is not supported.
     """
     entry = _registered(str(name_or_path))
-    source = _fetch(entry, str(name_or_path), revision, Path(out_dir))
-    config = _read_json(source / "config.json")
+    name = str(name_or_path)
+    if "://" in name:
+        source = _copy_from_cloud(name, Path(out_dir))
+    else:
+        source = _fetch(entry, name, revision, [*_SMALL, _SAFE])
+        if not any(source.glob(_SAFE)) and not any(source.glob(_PICKLED)):
+            source = _fetch(entry, name, revision, [*_SMALL, _PICKLED])
+    config = _read_json(source / _CONFIG)
     format_name = chat_format or (entry.chat_format if entry else _format_of(config, source))
     formats.get(format_name)
     marker = {
@@ -85,6 +92,24 @@ def prepare_base(
     return target
 
 
+def architecture(name_or_path: str | Path, revision: str | None = None) -> dict[str, Any]:
+    """A base's config.json, without its weights; name_or_path, revision, errors: see prepare_base.
+
+    A Baichuan2 names its sizes as Llama does.
+    """
+    name = str(name_or_path)
+    if "://" not in name:
+        return _read_json(_fetch(_registered(name), name, revision, [_CONFIG]) / _CONFIG)
+    from pyarrow import fs
+
+    try:
+        filesystem, root = fs.FileSystem.from_uri(name)
+        with filesystem.open_input_stream(f"{root}/{_CONFIG}") as stream:
+            return json.loads(stream.read())
+    except (OSError, ValueError) as error:
+        raise _uncopied(name, error) from error
+
+
 def _registered(name: str) -> registry.BaseModel | None:
     if name in registry.BASE_MODELS and not Path(name).is_dir():
         return registry.BASE_MODELS[name]
@@ -103,14 +128,12 @@ def _format_of(config: dict[str, Any], source: Path) -> str:
 
 
 def _fetch(
-    entry: registry.BaseModel | None, name: str, revision: str | None, out_dir: Path
+    entry: registry.BaseModel | None, name: str, revision: str | None, patterns: list[str]
 ) -> Path:
-    """The source as a local directory: given, downloaded from the hub, or copied from a cloud."""
-    if "://" in name:
-        return _copy_from_cloud(name, out_dir)
+    """The source as a local directory: given, or the files of these patterns from the hub."""
     if entry is None and (Path(name).is_dir() or name.startswith((".", "/"))):
-        if not (Path(name) / "config.json").is_file():
-            raise UserError(f"{name} holds no config.json", "give the directory of a checkpoint")
+        if not (Path(name) / _CONFIG).is_file():
+            raise UserError(f"{name} holds no {_CONFIG}", "give the directory of a checkpoint")
         return Path(name)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -118,15 +141,12 @@ def _fetch(
     repository = entry.hub_id if entry else name
     pin = revision or (entry.revision if entry else None)
     try:
-        found = snapshot_download(repository, revision=pin, allow_patterns=[*_SMALL, _SAFE])
-        if not list(Path(found).glob(_SAFE)):
-            found = snapshot_download(repository, revision=pin, allow_patterns=[*_SMALL, _PICKLED])
+        return Path(snapshot_download(repository, revision=pin, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
             f"cannot get {repository} (revision {pin or 'main'}) from the hub: {error}",
             "check the name, the network and HF_TOKEN, or give a local directory",
         ) from error
-    return Path(found)
 
 
 def _copy_from_cloud(uri: str, out_dir: Path) -> Path:
@@ -151,10 +171,12 @@ def _copy_from_cloud(uri: str, out_dir: Path) -> Path:
                     shutil.copyfileobj(stream, copy, 2**24)
             _publish(partial, local, lambda: local.is_dir())
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"cannot copy {uri}: {error}", "check the address and the storage credentials"
-        ) from error
+        raise _uncopied(uri, error) from error
     return local
+
+
+def _uncopied(uri: str, error: Exception) -> UserError:
+    return UserError(f"cannot copy {uri}: {error}", "check the address and the storage credentials")
 
 
 def _is_checkpoint_file(name: str) -> bool:

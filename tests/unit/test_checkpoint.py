@@ -18,7 +18,7 @@ from torch.nn import functional
 from milm_ray import samples
 from milm_ray.errors import UserError
 from milm_ray.models import chat_format, checkpoint
-from milm_ray.models.checkpoint import prepare_base
+from milm_ray.models.checkpoint import architecture, prepare_base
 from milm_ray.models.sentencepiece_fast import fast_tokenizer
 
 TINY = Path(samples.__path__[0]) / "models"
@@ -278,6 +278,18 @@ def test_nothing_is_redone_until_the_source_changes(tmp_path: Path) -> None:
     expected = original_logits(random_state(seed=7), ids)
     torch.testing.assert_close(logits_of(base, ids), expected, rtol=1e-5, atol=2e-5)
     assert [path.name for path in (tmp_path / "bases").iterdir()] == ["source"]
+
+
+def test_sizes_are_read_without_the_weights(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "config.json").write_text(json.dumps({"hidden_size": 5}))
+    for place in (source, source.as_uri()):
+        assert architecture(place) == {"hidden_size": 5}
+    with pytest.raises(UserError, match=r"holds no config\.json"):
+        architecture(tmp_path)
+    with pytest.raises(UserError, match="cannot copy"):
+        architecture((tmp_path / "absent").as_uri())
 
 
 def test_a_cloud_address_is_copied_and_followed(tmp_path: Path) -> None:

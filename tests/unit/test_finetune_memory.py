@@ -7,7 +7,7 @@ import pytest
 from milm_ray.config import FinetuneSection
 from milm_ray.errors import UserError
 from milm_ray.finetune import memory
-from milm_ray.finetune.memory import GIB, check, estimate, settle
+from milm_ray.finetune.memory import GIB, check, check_weights, estimate, settle
 
 LLAMA3_8B = {
     "hidden_size": 4096,
@@ -69,3 +69,11 @@ def test_too_little_memory_is_said_before_the_start():
     ) as told:
         check("llama3", need, "cpu")
     assert "finetune.pack_tokens" in told.value.fix
+
+
+def test_weights_that_will_not_fit_are_refused_by_their_shapes_alone():
+    settings = FinetuneSection()
+    check_weights("llama3", {**LLAMA3_8B, "num_hidden_layers": 1}, settings, 1, "cpu")
+    huge = {**LLAMA3_8B, "num_hidden_layers": 10**5}
+    with pytest.raises(UserError, match=r"llama3 needs .*weights [\d.]+, .*activations 0\.0"):
+        check_weights("llama3", huge, settings, 1, "cpu")
