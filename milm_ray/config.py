@@ -89,6 +89,7 @@ class LLMSection(Section):
     )
     temperature: float = Field(0.7, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int | None = Field(None, ge=1, description="None: not sent; OpenAI's own API has none")
     max_tokens: int = Field(4096, ge=1)
     seed: int | None = None
     structured_output: bool = Field(True, description="ask for JSON by schema where it is offered")
@@ -236,6 +237,7 @@ class GenerateSection(Section):
     seeds: list[int] = Field(default_factory=list, description="sampled runs beside greedy")
     temperature: float = Field(0.95, ge=0, description="of sampled runs; LLaMA-Factory's default")
     top_p: float = Field(0.7, gt=0, le=1, description="of sampled runs; LLaMA-Factory's default")
+    top_k: int | None = Field(50, ge=1, description="of sampled runs; LLaMA-Factory's default")
     concurrency: int = Field(64, ge=1)
 
 

@@ -21,7 +21,7 @@ class SimulateSection(Section):
     )
     max_rounds: int = Field(20, ge=1, description="a session that its client does not end")
     decoding: Literal["sampled", "greedy"] = Field(
-        "sampled", description="of the counselor; sampled: generate's temperature and top_p"
+        "sampled", description="of the counselor; sampled: as generate's sampled runs"
     )
     concurrency: int = Field(16, ge=1, description="sessions at a time")
     max_reject_rate: float = Field(0.2, ge=0, le=1)

@@ -108,7 +108,8 @@ class Server:
 
     async def answer(self, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
         options = self.options
-        self.note("asked", body, in_flight=self.in_flight)
+        sampling = {name: body.get(name) for name in ("temperature", "top_p", "top_k", "seed")}
+        self.note("asked", body, in_flight=self.in_flight, sampling=sampling)
         if options.concurrency and self.in_flight > options.concurrency:
             self.note("failed", body, status=429)
             return error(429, "too many requests in flight", {"Retry-After": "1"})

@@ -152,6 +152,8 @@ class LLMClient:
             options: dict[str, Any] = {self._length_name: self.settings.max_tokens}
             if self.settings.seed is not None:
                 options["seed"] = self.settings.seed
+            if self.settings.top_k is not None:
+                options["extra_body"] = {"top_k": self.settings.top_k}
             shape, names = self._format, self._length_name
             if request.schema is not None and shape < 2:
                 options["response_format"] = _response_format(shape, request.schema)

@@ -72,7 +72,8 @@ class Reply:
 
 def sampling(settings: LLMSection) -> dict[str, Any]:
     """The settings that shape a reply."""
-    return settings.model_dump(include={"temperature", "top_p", "max_tokens", "seed"})
+    found = settings.model_dump(include={"temperature", "top_p", "max_tokens", "seed"})
+    return found if settings.top_k is None else {**found, "top_k": settings.top_k}
 
 
 def request_key(settings: LLMSection, request: Request) -> str:

@@ -86,7 +86,9 @@ def _fingerprint(config: Config, workspace: Workspace) -> dict[str, Any]:
     settings: dict[str, Any] = {
         "seed": config.seed,
         "simulate": simulated.model_dump(exclude={"concurrency", "max_reject_rate"}),
-        "generate": config.generate.model_dump(include={"max_new_tokens", "temperature", "top_p"}),
+        "generate": config.generate.model_dump(
+            include={"max_new_tokens", "temperature", "top_p", "top_k"}
+        ),
         "serve": config.serve.model_dump(include={"max_model_len", "dtype", "engine"}),
         "models": {name: section.model_dump() for name, section in config.models.items()},
         "profiles": digest([asdict(profile) for profile in profiles()]),

@@ -122,7 +122,7 @@ def made_from(
 
     inputs: the artifacts of the rounds and the adapters; settings: what else counts.
     """
-    sampling = {"max_new_tokens", "temperature", "top_p"}
+    sampling = {"max_new_tokens", "temperature", "top_p", "top_k"}
     return workspace.fingerprint(
         {
             "generate": config.generate.model_dump(include=sampling),
@@ -322,6 +322,7 @@ def settings(config: Config, run: Run, base_url: str) -> LLMSection:
         api_key_env="",  # endpoints started for a job are its own and ask for no key
         temperature=0.0 if greedy else generate.temperature,
         top_p=1.0 if greedy else generate.top_p,
+        top_k=None if greedy else generate.top_k,
         seed=run.seed,
         max_tokens=generate.max_new_tokens,
         concurrency=generate.concurrency,

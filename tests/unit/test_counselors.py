@@ -62,7 +62,14 @@ def test_seeds_draw_apart_only_where_replies_are_sampled(counselor):
     turn = [Turn("client", "我睡不好。")]
     sampled, server = counselor("sampled")
     replies(sampled, (turn, 1), (turn, 2), (turn, 1))
-    assert len(server.events("asked")) == 2
+    # LLaMA-Factory's defaults.
+    drawn = {"temperature": 0.95, "top_p": 0.7, "top_k": 50}
+    asked = [event["sampling"] for event in server.events("asked")]
+    assert sorted(asked, key=lambda sampling: sampling["seed"]) == [
+        {**drawn, "seed": 1},
+        {**drawn, "seed": 2},
+    ]
     greedy, server = counselor("greedy")
     replies(greedy, (turn, 1), (turn, 2))
-    assert len(server.events("asked")) == 1
+    (asked,) = server.events("asked")
+    assert asked["sampling"] == {"temperature": 0, "top_p": 1, "top_k": None, "seed": None}
