@@ -33,6 +33,11 @@ def model_card(
         f"| precision | {settings.precision}, cutoff {settings.cutoff} tokens, seed {seed} |",
         f"| final loss | {counts['final_loss']:.4f} per counselor token |",
     ]
+    if counts["shortened"] or counts["too_long"]:
+        table += [
+            f"| over the cutoff | {counts['shortened']:,} lost their oldest rounds "
+            f"({counts['rounds_dropped']:,} in all), {counts['too_long']:,} left out |"
+        ]
     if "final_eval_loss" in counts:
         table += [
             f"| held out | loss {counts['final_eval_loss']:.4f} at the end, on "

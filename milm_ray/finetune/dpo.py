@@ -275,7 +275,10 @@ def tune(
         if settings.zero_stage == 3:
             _one_dtype(model)
         if rank == 0:
-            say(f"{counts['pairs']} pairs, {counts['tokens']:,} tokens; {need.text()}")
+            say(
+                f"{counts['pairs']} pairs, {counts['tokens']:,} tokens, over the cutoff: "
+                f"{counts['shortened']} shortened, {counts['too_long']} left out; {need.text()}"
+            )
         trainer.train(resume_from_checkpoint=str(resume / _TRAINER_DIR) if resume else None)
         state = trainer.state
     log = [row_of(logged, int(logged["step"])) for logged in state.log_history if "loss" in logged]

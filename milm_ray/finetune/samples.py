@@ -48,6 +48,18 @@ class Tokenised:
     def label_tokens(self) -> int:
         return sum(sample.label_tokens for sample in self.samples)
 
+    @property
+    def cut(self) -> str:
+        """What the cutoff took, for people; "" where it took nothing."""
+        parts = []
+        if self.shortened:
+            parts.append(
+                f"{self.shortened} lost their oldest rounds ({self.rounds_dropped} in all)"
+            )
+        if self.too_long:
+            parts.append(f"{len(self.too_long)} left out, too long in one round")
+        return f", over the cutoff: {', '.join(parts)}" if parts else ""
+
     def counts(self) -> dict[str, int]:
         """Figures for a manifest."""
         return {

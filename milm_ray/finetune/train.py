@@ -118,7 +118,8 @@ def train(
     )
     if rank == 0:
         apart = f", {len(held_out.samples)} held out" if held else ""
-        say(f"{schedule.steps} steps on {len(data.samples)} samples{apart}; {need.text()}")
+        samples = f"{len(data.samples)} samples{data.cut}{apart}"
+        say(f"{schedule.steps} steps on {samples}; {need.text()}")
     model = lora_model(task.base, settings, task.lora_targets, task.seed, task.identity)
     engine = start_engine(model, settings)
     progress = Progress()

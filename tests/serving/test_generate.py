@@ -84,7 +84,7 @@ def preference_tuned(served: Served) -> Iterator[str]:
 def test_an_adapter_tuned_on_preferences_replies_beside_the_others(
     served: Served, preference_tuned: str
 ) -> None:
-    before = stage._fingerprint(without_dpo(served.config), served.workspace)
+    before = stage._fingerprint(replying(served.config, "base", "adapter"), served.workspace)
     assert stage._fingerprint(served.config, served.workspace) != before
     wanted = batch.runs(served.config, served.workspace, served.bases)
     assert [run.endpoint for run in wanted if run.variant == "dpo"] == ["glm4:dpo"] * 2
@@ -100,16 +100,13 @@ def test_an_adapter_tuned_on_preferences_replies_beside_the_others(
 
 
 def test_without_one_its_variant_alone_is_refused(served: Served) -> None:
-    config = served.config.model_copy(deep=True)
-    config.generate.variants = ["dpo"]
     with pytest.raises(ConfigError, match=r"generate\.variants: no model has a dpo adapter"):
-        stage.plan(config, served.workspace)
+        stage.plan(replying(served.config, "dpo"), served.workspace)
 
 
-def without_dpo(config: Config) -> Config:
-    other = config.model_copy(deep=True)
-    other.generate.variants = ["base", "adapter"]
-    return other
+def replying(config: Config, *variants: str) -> Config:
+    generate = config.generate.model_copy(update={"variants": list(variants)})
+    return config.model_copy(update={"generate": generate})
 
 
 def predictions(served: Served) -> pa.Table:

@@ -12,6 +12,9 @@ COUNTS = {
     "samples": 1990,
     "tokens": 1_500_000,
     "label_tokens": 600_000,
+    "shortened": 0,
+    "rounds_dropped": 0,
+    "too_long": 0,
     "steps": 747,
     "final_loss": 1.25,
 }
@@ -39,3 +42,11 @@ def test_a_held_out_loss_is_on_the_card_where_there_is_one():
     counts = {**COUNTS, "final_eval_loss": 1.5, "eval_samples": 199}
     card = model_card(base, "x", FinetuneSection(), counts, seed=1)
     assert "| held out | loss 1.5000 at the end, on 199 dialogues |" in card
+
+
+def test_what_the_cutoff_took_is_on_the_card():
+    base = registry.get("llama3")
+    assert "over the cutoff" not in model_card(base, "x", FinetuneSection(), COUNTS, seed=1)
+    counts = {**COUNTS, "shortened": 12, "rounds_dropped": 1034, "too_long": 3}
+    card = model_card(base, "x", FinetuneSection(), counts, seed=1)
+    assert "| 12 lost their oldest rounds (1,034 in all), 3 left out |" in card

@@ -59,6 +59,8 @@ def test_over_the_cutoff_the_oldest_rounds_go_and_are_counted(tokenizer):
     assert "第2次也看在眼里" in text
     assert found.counts()["shortened"] == 1
     assert found.counts()["rounds_dropped"] == 1
+    assert found.cut == ", over the cutoff: 1 lost their oldest rounds (1 in all)"
+    assert whole.cut == ""
     assert len(found.samples[0].input_ids) <= cutoff
 
 
@@ -68,6 +70,7 @@ def test_a_round_longer_than_the_cutoff_is_left_out_by_name(tokenizer):
     found = tokenise([row(1, "short"), long], tokenizer, "llama3", 100)
     assert [sample.name for sample in found.samples] == ["short"]
     assert found.too_long == ["long"]
+    assert found.cut == ", over the cutoff: 1 left out, too long in one round"
     with pytest.raises(UserError, match="no training sample is left"):
         tokenise([long], tokenizer, "llama3", 100)
 
