@@ -2,6 +2,7 @@
 
     python benchmarks/batch_memory.py                # 100 times the paper's 367 rounds
     python benchmarks/batch_memory.py --scale 10
+    python benchmarks/batch_memory.py --instant      # a server that answers at once, no engine
 
 The shipped tiny Llama-3 replies to every round with 16 new tokens, through real endpoints, and
 `generate`'s own code writes the predictions. After each tenth of the rounds: rounds a second, and
@@ -13,11 +14,15 @@ the whole reply store.
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import socket
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -77,12 +82,55 @@ def watched(tables: Iterator[Any], total: int, what: str) -> Iterator[Any]:
             )
 
 
+@contextmanager
+def instant() -> Iterator[str]:
+    """The URL of a server in a process of its own that answers every question with one reply."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    server = subprocess.Popen([sys.executable, __file__, "--serve", str(port)])
+    try:
+        for _ in range(100):
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        server.kill()
+        server.wait()
+
+
+def serve(port: int) -> None:
+    """Answer chat completions on a port until killed."""
+    from aiohttp import web
+
+    choice = {"index": 0, "finish_reason": "stop"}
+    choice |= {"message": {"role": "assistant", "content": SAID}}
+    usage = {"prompt_tokens": 500, "completion_tokens": 16, "total_tokens": 516}
+    body = {"id": "x", "object": "chat.completion", "created": 0, "model": "x"}
+    text = json.dumps({**body, "choices": [choice], "usage": usage})
+
+    async def chat(request: web.Request) -> web.Response:
+        await request.read()
+        return web.Response(text=text, content_type="application/json")
+
+    app = web.Application()
+    app.router.add_post("/v1/chat/completions", chat)
+    web.run_app(app, host="127.0.0.1", port=port, print=None)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--scale", type=float, default=100, help="times 367 rounds")
+    parser.add_argument("--instant", action="store_true", help="no engine: the job's side alone")
+    parser.add_argument("--serve", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.serve:
+        serve(options.serve)
+        return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
 
@@ -116,7 +164,10 @@ def main() -> None:
         write_rounds(workspace, total)
         bases = prepared_bases(config, workspace)
         ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="WARNING")
-        with running_models(app_args(config, workspace, bases)) as url:
+        models = (
+            instant() if options.instant else running_models(app_args(config, workspace, bases))
+        )
+        with models as url:
             wanted = batch.runs(config, workspace, bases)
             for what in ("asked", "asked again"):
                 tables = batch.predict(config, workspace, wanted, url)
