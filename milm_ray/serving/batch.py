@@ -32,6 +32,7 @@ from milm_ray.workspace import MANIFEST, Workspace
 ROUNDS = "test_rounds"
 
 _ROUNDS_PER_BLOCK = 4
+_BLOCKS = 1024  # the driver keeps some ten kilobytes of each: with more rounds, blocks grow
 _CALLS_PER_ACTOR = 1024
 _STOPPED = "stopped"
 _OUTCOME = pa.schema(
@@ -155,12 +156,12 @@ def predict(
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
-    blocks = ray.data.from_arrow(
-        [pa.Table.from_pylist([place]) for place in _places(workspace, files)]
-    )
+    per_block = max(_ROUNDS_PER_BLOCK, -(-total // _BLOCKS))
+    places = _places(workspace, files, per_block)
+    blocks = ray.data.from_arrow([pa.Table.from_pylist([place]) for place in places])
     actors = -(-config.generate.concurrency // _CALLS_PER_ACTOR)
     per_actor = -(-config.generate.concurrency // actors)
-    at_once = 2 + -(-per_actor // (_ROUNDS_PER_BLOCK * max(1, len(wanted))))
+    at_once = 2 + -(-per_actor // (per_block * max(1, len(wanted))))
     outcomes = blocks.map_batches(
         _Predictor,
         batch_size=None,
@@ -199,13 +200,13 @@ def count(workspace: Workspace, files: Sequence[str]) -> int:
     )
 
 
-def _places(workspace: Workspace, files: Sequence[str]) -> list[dict[str, Any]]:
+def _places(workspace: Workspace, files: Sequence[str], per_block: int) -> list[dict[str, Any]]:
     """The rounds in blocks: file, first row, number of rows. Whoever asks reads them itself."""
     return [
-        {"file": file, "first": first, "count": min(_ROUNDS_PER_BLOCK, rows - first)}
+        {"file": file, "first": first, "count": min(per_block, rows - first)}
         for file in files
         for rows in [count(workspace, [file])]
-        for first in range(0, rows, _ROUNDS_PER_BLOCK)
+        for first in range(0, rows, per_block)
     ]
 
 
