@@ -178,8 +178,8 @@ NOTES = (
     ),
     Note(
         "results",
-        "Decoding is not stated. The tool's default samples once (temperature 0.95, top-p 0.7), so "
-        "the paper's scores are probably a single random draw.",
+        "Decoding is not stated. The tool's default samples once (temperature 0.95, top-p 0.7, "
+        "top-k 50), so the paper's scores are probably a single random draw.",
         "Greedy decoding is scored first; sampled seeds are added by generate.seeds.",
     ),
     Note(

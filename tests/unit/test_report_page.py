@@ -32,12 +32,14 @@ class _Page(HTMLParser):
         self.text = ""
         self.links: list[str] = []
         self.tags: list[str] = []
+        self.ids: list[str] = []
         self._open: list[str] = []
         self.feed(html)
         assert not self._open, f"not closed: {self._open}"
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
+        self.ids += [value or "" for name, value in attrs if name == "id"]
         self.links += [value or "" for name, value in attrs if name in ("src", "href")]
         if tag not in self._VOID:
             self._open.append(tag)
@@ -63,6 +65,7 @@ def test_page_is_well_formed_and_reaches_for_nothing_outside(
 ) -> None:
     page = _Page(built[2])
     assert page.links
+    assert len(set(page.ids)) == len(page.ids)
     outside = [link for link in page.links if not link.startswith(("#", "data:"))]
     assert outside == []
     assert not {"script", "iframe", "link"} & set(page.tags)
