@@ -8,8 +8,6 @@ Prints Markdown tables: cross-validated by session, all figures out of fold. Two
 import argparse
 from pathlib import Path
 
-import numpy as np
-
 from milm_ray.miti import annomi, trained_coder
 from milm_ray.miti.agreement import fleiss_kappa
 from milm_ray.miti.comparison import compare, compare_pooled
@@ -55,7 +53,6 @@ def order_table(sessions, folds) -> None:
     labelled = {
         "people": people,
         "trained coder": trained_coder.code_unseen(sessions, count=folds),
-        "its expected counts": expected(sessions, folds),
     }
     print("| Summary score | Labels | | high | low | high − low (95 %) |")
     print("|---|---|---|---|---|---|")
@@ -83,64 +80,6 @@ def order_table(sessions, folds) -> None:
     few = [s.counts() for s in sessions if s.quality == "low"]
     held = sorted(c.get("simple_reflection", 0) + c.get("complex_reflection", 0) for c in few)
     print(f"\nReflections that people found in the low-quality sessions: {held}")
-
-
-def expected(sessions, folds) -> list[Coding]:
-    """What the probabilities of a logistic model, out of fold, expect the counts to be.
-
-    Nothing is decided for an utterance. A volley holds a question with the probability that not
-    every utterance is free of one, and so with reflections and complex ones. Trained on the labels
-    that people's counts are made of.
-    """
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import Pipeline
-
-    def rows(session, task):
-        return [
-            (example, utterance.labels[task])
-            for utterance, example in trained_coder._with_context(session)
-            if utterance.speaker == "therapist" and utterance.labels[task] != "n/a"
-        ]
-
-    tasks = {
-        "question_exists": "True",
-        "reflection_exists": "True",
-        "reflection_subtype": "complex",
-    }
-    codings = {}
-    for part in trained_coder.folds(sessions, folds, 0):
-        rest = [s for i, s in enumerate(sessions) if i not in set(part)]
-        models = {}
-        for task in tasks:
-            texts, labels = zip(*(row for s in rest for row in rows(s, task)), strict=True)
-            features = trained_coder._pipeline().named_steps["features"]
-            pipeline = Pipeline(
-                [("features", features), ("c", LogisticRegression(C=4, solver="liblinear"))]
-            )
-            models[task] = pipeline.fit(texts, labels)
-        for i in part:
-            context = {u.number: e for u, e in trained_coder._with_context(sessions[i])}
-            sums = np.zeros(3)
-            for speaker, utterances in sessions[i].volleys():
-                if speaker != "therapist":
-                    continue
-                texts = [context[u.number] for u in utterances]
-                question, reflection, complex_ = (
-                    models[t].predict_proba(texts)[:, list(models[t].classes_).index(label)]
-                    for t, label in tasks.items()
-                )
-                some = [1 - np.prod(1 - p) for p in (question, reflection, reflection * complex_)]
-                sums += (some[0], some[1] - some[2], some[2])
-            counts = dict(zip(trained_coder.SCOPE, sums.tolist(), strict=True))
-            codings[i] = Coding(
-                sessions[i].transcript_id,
-                "expected",
-                sessions[i].quality,
-                counts,
-                automatic=True,
-                scope=trained_coder.SCOPE,
-            )
-    return [codings[i] for i in range(len(sessions))]
 
 
 def interval(found) -> str:

@@ -230,7 +230,7 @@ class Session:
     session_id: str
     source: Literal["human", "simulated"]
     model: str
-    variant: Literal["base", "adapter"]
+    variant: Variant
     topic: str
     motivation: Motivation
     turns: list[Turn]

@@ -16,8 +16,8 @@ class SimulateSection(Section):
         "llm", description="scripted: the state model with shipped lines, no language model"
     )
     sessions: int = Field(10, ge=1, description="per model and variant (paper: 10)")
-    variants: list[Literal["adapter", "base"]] = Field(
-        ["adapter"], description="paper: the MI-LLMs only"
+    variants: list[Literal["adapter", "base", "dpo"]] = Field(
+        ["adapter"], description="paper: the MI-LLMs only; dpo: tuned further on preferences"
     )
     max_rounds: int = Field(20, ge=1, description="a session that its client does not end")
     decoding: Literal["sampled", "greedy"] = Field(

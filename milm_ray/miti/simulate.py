@@ -18,7 +18,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import pyarrow as pa
 
@@ -35,7 +35,7 @@ from milm_ray.miti.client_model import TARGETS, Assignment, ClientModel, assignm
 from milm_ray.miti.consistency import consistency
 from milm_ray.miti.scripted_client import ScriptedClient
 from milm_ray.prompts import load
-from milm_ray.schema import REJECTS, SESSIONS, Reject, Session, Turn
+from milm_ray.schema import REJECTS, SESSIONS, Reject, Session, Turn, Variant
 from milm_ray.workspace import Workspace, digest
 
 ARTIFACT = "sessions/simulated"
@@ -43,7 +43,7 @@ REJECTED = "rejects/simulate"
 _PROMPTS = (llm_simulator.READING, llm_simulator.TURN, llm_simulator.RECOGNISE)
 _CALL_TOKENS = (1100, 60)  # prompt and completion of a simulator's call, for the plan
 
-Arm = tuple[str, Literal["base", "adapter"]]
+Arm = tuple[str, Variant]
 # A model's reply to a session that ends with the client, and how many rounds had to be dropped
 # from its start to fit the model's context. Raises Rejected.
 Counselor = Callable[[Sequence[Turn], int], Awaitable[tuple[Reply, int]]]
@@ -100,7 +100,9 @@ def _fingerprint(config: Config, workspace: Workspace) -> dict[str, Any]:
 
 
 def _adapters(config: Config) -> list[str]:
-    return [f"adapters/{model}" for model in config.models]
+    tuned = [f"adapters/{model}" for model in config.models]
+    further = [f"{place}/dpo" for place in tuned if "dpo" in config.simulate.variants]
+    return [*tuned, *further]
 
 
 def plan(config: Config, workspace: Workspace) -> Plan:

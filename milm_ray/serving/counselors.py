@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Literal
 
 from milm_ray.config import Config
 from milm_ray.job import connect, log
@@ -14,13 +13,13 @@ from milm_ray.llm.replies import Reply, Request, Subject
 from milm_ray.llm.reply_store import ReplyStore
 from milm_ray.models import chat_format
 from milm_ray.models.messages import dialogue_messages
-from milm_ray.schema import Turn
+from milm_ray.schema import Turn, Variant
 from milm_ray.serving import batch
 from milm_ray.serving.endpoints import app_args, prepared_bases
 from milm_ray.serving.running import models_in_use
 from milm_ray.workspace import Workspace
 
-Arm = tuple[str, Literal["base", "adapter"]]
+Arm = tuple[str, Variant]
 
 
 class Counselor:

@@ -190,3 +190,28 @@ def test_broken_replies_are_asked_for_once_more_and_then_cost_the_session(llm):
         simulate.run(config, ws, counselors)
     assert ws.exists("rejects/simulate")
     assert not ws.exists("sessions/simulated", "manifest.json")
+
+
+def test_a_preference_tuned_adapter_holds_sessions_of_its_own(tmp_path):
+    config = config_of(tmp_path, "simulate.variants=[adapter,dpo]", "simulate.sessions=1")
+    ws = with_adapters(config)
+    with pytest.raises(UserError, match="adapters/glm4/dpo"):
+        simulate.run(config, ws, counselors)
+    for model in config.models:
+        ws.commit(
+            f"adapters/{model}/dpo",
+            stage="finetune",
+            settings={},
+            fingerprint={},
+            counts={},
+            started=0.0,
+        )
+    simulate.run(config, ws, counselors)
+    rows = ws.read_table("sessions/simulated").to_pylist()
+    assert sorted((row["model"], row["variant"]) for row in rows) == [
+        ("glm4", "adapter"),
+        ("glm4", "dpo"),
+        ("llama3", "adapter"),
+        ("llama3", "dpo"),
+    ]
+    assert len({row["session_id"] for row in rows}) == 4
