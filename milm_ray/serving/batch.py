@@ -24,6 +24,7 @@ from milm_ray.llm.replies import Request, Subject
 from milm_ray.llm.reply_store import ReplyStore
 from milm_ray.models import chat_format
 from milm_ray.models.messages import round_messages
+from milm_ray.nodes import on_this_node
 from milm_ray.schema import PREDICTIONS, VARIANTS, Variant
 from milm_ray.serving.adapters import DEFAULT_ADAPTER
 from milm_ray.serving.endpoints import base_digest
@@ -35,6 +36,8 @@ _ROUNDS_PER_BLOCK = 4
 _BLOCKS = 1024  # the driver keeps some ten kilobytes of each: with more rounds, blocks grow
 _CALLS_PER_ACTOR = 1024
 _STOPPED = "stopped"
+# About a quarter of an hour: Serve starts an engine whose node was lost again, on another.
+_ATTEMPTS = 24
 _OUTCOME = pa.schema(
     [*PREDICTIONS, pa.field("failure", pa.string()), pa.field("detail", pa.string())]
 )
@@ -172,7 +175,10 @@ def predict(
             max_tasks_in_flight_per_actor=at_once,
             max_concurrent_calls_per_actor=at_once,
         ),
-        num_cpus=0.1,  # it mostly waits, and the engines hold most of the cluster
+        # It mostly waits, and the engines hold most of the cluster. Endpoints started for a job
+        # answer their own machine only, and the bases may be prepared nowhere else.
+        num_cpus=0,
+        scheduling_strategy=on_this_node(),
         fn_constructor_kwargs={
             "config": config,
             "workspace": workspace,
@@ -328,6 +334,7 @@ def settings(config: Config, run: Run, base_url: str) -> LLMSection:
         max_tokens=generate.max_new_tokens,
         concurrency=generate.concurrency,
         timeout_s=600.0,
+        max_attempts=_ATTEMPTS,
         prompt_price=0.0,
         completion_price=0.0,
     )

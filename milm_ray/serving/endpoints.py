@@ -7,11 +7,11 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from milm_ray.config import Config
+from milm_ray.config import Config, ModelSection
 from milm_ray.errors import ConfigError
 from milm_ray.models.checkpoint import MARKER, bases_directory, prepare_base
 from milm_ray.serving.chat.build import ChatArgs
-from milm_ray.serving.models import AppArgs, Autoscaling, IngressArgs, ModelArgs
+from milm_ray.serving.models import AppArgs, Autoscaling, BaseSource, IngressArgs, ModelArgs
 from milm_ray.workspace import Workspace
 
 # What an engine on the CPU keeps of prompts and replies, unless `serve.engine` says otherwise.
@@ -48,6 +48,7 @@ def app_args(
             ModelArgs(
                 name=name,
                 path=str(base),
+                source=_source(config.models[name]),
                 max_model_len=serve.max_model_len,
                 dtype=serve.dtype,
                 num_gpus=serve.gpus_per_replica,
@@ -71,6 +72,14 @@ def app_args(
             keys_file=_keys_file(config) if keys else None,
         ),
     )
+
+
+def _source(model: ModelSection) -> BaseSource:
+    """A model's origin, its path absolute: replicas have another directory."""
+    origin = model.hub_id or model.path or ""
+    if model.hub_id is None and "://" not in origin:
+        origin = str(Path(origin).resolve())
+    return BaseSource(name_or_path=origin, revision=model.revision, chat_format=model.chat_format)
 
 
 def chat_args(config: Config, workspace: Workspace, models_url: str) -> ChatArgs:

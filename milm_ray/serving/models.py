@@ -42,11 +42,22 @@ class Autoscaling(Arguments):
         return self
 
 
+class BaseSource(Arguments):
+    """What a base is prepared from, as in milm_ray.models.checkpoint.prepare_base."""
+
+    name_or_path: str
+    revision: str | None = None
+    chat_format: str | None = None
+
+
 class ModelArgs(Arguments):
     """One base model. Its chat format and stop tokens are those of its own directory."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", description="the id clients ask for")
     path: str = Field(description="checkpoint directory, or a hub id")
+    source: BaseSource | None = Field(
+        None, description="what `path` is made from on a node where it is not there yet"
+    )
     max_model_len: int = Field(4096, ge=128, description="prompt and reply together, in tokens")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     num_gpus: float = Field(1.0, ge=0, description="GPUs per worker; 0: run on the CPU")

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+from milm_ray.models.checkpoint import prepare_base
 from milm_ray.serving.adapters import CHAT_FORMAT, Adapter, AdapterStore
 from milm_ray.serving.errors import error_body
 from milm_ray.serving.models import ModelArgs
@@ -27,6 +28,7 @@ class ModelReplica:
         from ray.serve.llm import LLMConfig, LLMServer
 
         self._args = ModelArgs.model_validate(model)
+        await asyncio.to_thread(_prepare, self._args)
         self._store = AdapterStore(adapters_root) if adapters_root is not None else None
         self._adapters: dict[str, _Loaded] = {}
         config = LLMConfig(**_llm_config(self._args, self._store is not None))
@@ -88,6 +90,13 @@ class ModelReplica:
 
     def _loader(self, **_limits: Any) -> _Loader:
         return _Loader(self._adapters)
+
+
+def _prepare(args: ModelArgs) -> None:
+    """Make the base's directory on this node, where only others have it so far."""
+    source, place = args.source, Path(args.path)
+    if source is not None and not place.is_dir():
+        prepare_base(source.name_or_path, source.revision, place.parent, source.chat_format)
 
 
 def _reply(piece: Any, engine_id: str, public_id: str) -> tuple[int, str]:

@@ -21,6 +21,7 @@ from milm_ray.config import load_config
 from milm_ray.errors import ConfigError, UserError
 from milm_ray.job import connect
 from milm_ray.models.chat_format import FORMATS
+from milm_ray.serving.caretaker import finish_for_others, removed_at_end
 from milm_ray.serving.chat.build import ChatArgs, build_chat_app
 from milm_ray.serving.endpoints import app_args, chat_args, check_access, prepared_bases
 from milm_ray.serving.models import AppArgs, build_app
@@ -76,26 +77,34 @@ def running_models(
     port: int | None = None,
     start_timeout_s: float = 1800,
     host: str = "127.0.0.1",
+    everywhere: bool = False,
 ) -> Iterator[str]:
     """Serve the models of `args` and yield the base URL of their OpenAI-compatible API.
 
     Ray must be connected. Where Serve runs already, the models become one more application beside
     what it serves, and only that is removed afterwards; else Serve itself is started at `host` on a
-    port (None: a free one) and shut down. Raises UserError when a model does not come up.
+    port (None: a free one) and shut down. It ends with this process, however that ends.
+    everywhere: answer on every node that serves something, else on the head node only. Raises
+    UserError when a model does not come up.
     """
     from ray import serve
 
+    finish_for_others()
     name = f"models-{uuid.uuid4().hex[:8]}"
     running = _port_of_running_serve()
     ours = running is None
     port = running or port or _free_port()
     if ours:
         serve.start(
-            http_options={"host": host, "port": port, "location": "HeadOnly"},
+            http_options={
+                "host": host,
+                "port": port,
+                "location": "EveryNode" if everywhere else "HeadOnly",
+            },
             logging_config=_QUIET,
         )
     prefix = "" if ours else f"/{name}"
-    try:
+    with removed_at_end(name, ours):
         target = serve.RunTarget(
             target=build_app(args), name=name, route_prefix=prefix or "/", logging_config=_QUIET
         )
@@ -104,11 +113,6 @@ def running_models(
         url = f"http://127.0.0.1:{port}{prefix}/v1"
         _wait_for_http(f"http://127.0.0.1:{port}{prefix}/health")
         yield url
-    finally:
-        if ours:
-            serve.shutdown()
-        else:
-            serve.delete(name)
 
 
 @contextmanager
@@ -119,15 +123,13 @@ def running_chat(args: ChatArgs, models_url: str, start_timeout_s: float = 300) 
     target = serve.RunTarget(
         target=build_chat_app(args), name="chat", route_prefix="/chat", logging_config=_QUIET
     )
-    serve.run_many([target], wait_for_applications_running=False)
-    try:
+    with removed_at_end("chat", ours=False):
+        serve.run_many([target], wait_for_applications_running=False)
         _wait("chat", start_timeout_s)
         parts = urlsplit(models_url)
         url = f"{parts.scheme}://{parts.netloc}/chat"
         _wait_for_http(f"{url}/health")
         yield url
-    finally:
-        serve.delete("chat")
 
 
 def _wait(name: str, timeout_s: float) -> None:
@@ -217,7 +219,8 @@ def main(description: str, argv: Sequence[str] | None = None) -> int:
         connect(config)
         models = app_args(config, workspace, bases, keys=True)
         with (
-            running_models(models, options.port, host=config.access.host) as url,
+            # The chat asks the models at this address from whichever node it runs on.
+            running_models(models, options.port, host=config.access.host, everywhere=True) as url,
             running_chat(chat_args(config, workspace, url), url) as chat_url,
         ):
             log.info("models at %s, chat at %s; interrupt to stop", url, chat_url)

@@ -1,0 +1,90 @@
+"""Nodes that serve go dark: every prediction is there, and no word of a live chat is lost."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from milm_ray.serving.chat.build import ChatArgs
+from milm_ray.serving.running import running_chat
+from tests.cluster.cluster import Nodes, free_port, wait_for
+from tests.serving.chat_processes import ModelServer
+from tests.serving.test_chat_serve import talk, whole
+
+pytestmark = [pytest.mark.scenario, pytest.mark.timeout(900)]
+
+
+SERVES = """
+import time
+import ray
+from ray import serve
+from milm_ray.serving.caretaker import removed_at_end
+
+@serve.deployment
+class Hello:
+    pass
+
+ray.init(address="auto")
+serve.start(http_options={"location": "NoServer"})
+with removed_at_end("hello", ours=True):
+    serve.run(Hello.bind(), name="hello", route_prefix=None)
+    print("up", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_what_a_killed_driver_served_is_taken_off_the_cluster(nodes: Nodes) -> None:
+    nodes.add("a")
+    driver = subprocess.Popen(
+        [sys.executable, "-c", SERVES],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "RAY_ADDRESS": nodes.address},
+    )
+    assert driver.stdout is not None
+    assert "up\n" in iter(driver.stdout.readline, "")
+    assert nodes.where("ServeReplica:hello") == "a"
+    driver.kill()
+    driver.wait()
+    driver.stdout.close()
+    # A replica that is in use by nobody holds no GPU: within seconds there is none.
+    wait_for(lambda: nodes.where("ServeReplica") is None, 60)
+    wait_for(lambda: not nodes.holds("head", "ServeController"), 60)
+    wait_for(lambda: not nodes.holds("head", "Caretaker"), 60)
+
+
+def test_in_live_chat(nodes: Nodes, tmp_path: Path) -> None:
+    """The node of the chat's replica is lost while people talk; no word of theirs is."""
+    import ray
+    from ray import serve
+
+    nodes.add("a", "b")
+    ray.init(address=nodes.address, logging_level="WARNING", log_to_driver=False)
+    try:
+        with ModelServer(tmp_path, pause=0.2) as model:
+            port = free_port()
+            serve.start(http_options={"host": "127.0.0.1", "port": port, "location": "HeadOnly"})
+            args = ChatArgs(
+                models_url=model.url,
+                models=["llama3:mi"],
+                default_database=str(tmp_path / "sessions.sqlite3"),
+            )
+            with (
+                running_chat(args, f"http://127.0.0.1:{port}/v1") as url,
+                ThreadPoolExecutor(4) as pool,
+            ):
+                talks = [pool.submit(talk, f"{url}/", 6) for _ in range(4)]
+                time.sleep(3)
+                serving = nodes.where("ServeReplica:chat")
+                assert serving is not None
+                nodes.kill(serving)
+                assert all(whole(done.result(240), 6) for done in talks)
+    finally:
+        serve.shutdown()
+        ray.shutdown()
