@@ -9,7 +9,7 @@ from datetime import date
 from typing import Any, Literal, get_args
 from urllib.parse import urlsplit
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 
 from milm_ray.section import Section
 
@@ -88,20 +88,14 @@ class SafetyConfig(Section):
         180, ge=1, description="a help line checked longer ago is reported as stale at start-up"
     )
     classifier_medium: float = Field(
-        0.70, gt=0, le=1, description="P(risk) from which a turn without a rule hit is medium"
+        0.85, gt=0, le=1, description="the classifier's P(risk) from which a turn is medium"
     )
     classifier_high: float = Field(
-        0.90, gt=0, le=1, description="P(high risk) from which a turn without a rule hit is high"
+        0.70, gt=0, le=1, description="the classifier's P(high risk) from which a turn is high"
     )
     log_text: bool = Field(
         False, description="put the client's words into the record of an intervention"
     )
-
-    @model_validator(mode="after")
-    def _ordered(self) -> SafetyConfig:
-        if self.classifier_high < self.classifier_medium:
-            raise ValueError("classifier_high must not be below classifier_medium")
-        return self
 
     def stale_lines(self, today: date) -> list[HelpLine]:
         """The help lines whose check is older than `check_again_after_days`."""

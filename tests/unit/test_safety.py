@@ -71,7 +71,7 @@ def test_the_test_set_is_large_complete_and_its_parts_are_apart():
         return {json.dumps(i["history"], ensure_ascii=False) for i in ITEMS if i["split"] == split}
 
     assert not texts("tune") & texts("held_out")
-    trained = {text for text, _, _ in written()}
+    trained = {example.text for example in written()}
     held_out = {
         normalize(turn["content"])
         for item in ITEMS
@@ -143,6 +143,11 @@ def test_a_plan_split_over_turns_is_found_with_other_turns_in_between():
     assert assess(client("我想", "少抽一点烟")).level == "none"
 
 
+def test_a_figure_of_speech_in_a_story_does_not_silence_the_rest_of_it():
+    risk = "火车开过来的时候我往前迈了一步，差点就没收回来"
+    assert assess(client(f"今天累死了，{risk}")).evidence == assess(client(risk)).evidence != ()
+
+
 def test_what_is_found_is_told_without_the_clients_words():
     found = assess(client("我想自杀，我叫王小明"))
     assert found.evidence
@@ -187,8 +192,6 @@ def test_thresholds_come_from_the_configuration():
     strict = SafetyConfig(classifier_medium=0.001, classifier_high=0.001)
     deaf = SafetyConfig(classifier_medium=1.0, classifier_high=1.0)
     assert RANK[assess(vague, strict).level] > RANK[assess(vague, deaf).level]
-    with pytest.raises(ValueError, match="classifier_high"):
-        SafetyConfig(classifier_medium=0.9, classifier_high=0.5)
 
 
 HIGH = [

@@ -1,7 +1,7 @@
 """The small classifier beside the rules: n-grams, logistic regression, numpy only.
 
-It catches wording that no rule foresaw. Two heads on the same hashed features: which category
-(or none), and how probable high risk is. Weights are a plain .npz (no pickle) made by train.py.
+It catches wording that no rule foresaw. On the same features: how probable any risk is, how
+probable high risk is, and which category. Weights are a plain .npz (no pickle) made by train.py.
 """
 
 from __future__ import annotations
@@ -18,11 +18,9 @@ import numpy as np
 
 from milm_ray.serving.safety.config import CATEGORIES, Category
 
-BUCKETS = 1 << 13
-CLASSES: tuple[str, ...] = ("none", *CATEGORIES)
 _ORDERS = (1, 2, 3)
 _WORD = re.compile(r"[a-z']+")
-_LONGEST = 400  # characters read; a longer turn is read in windows by the caller
+LONGEST = 400  # characters of a text; a longer one is read in windows by the caller
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,49 +32,47 @@ class Opinion:
     category: Category
 
 
-def features(text: str) -> tuple[np.ndarray, np.ndarray]:
-    """Bucket numbers and L2-normalised weights of what `text` is made of.
+def features(text: str) -> np.ndarray:
+    """The keys, ascending, uint32 [n], of what a normalised text is made of.
 
     Character 1- to 3-grams; of words in Latin letters, whose letters alone say nothing, the
-    words and their pairs instead.
+    words and their pairs instead. A key is the CRC-32 of its gram.
     """
-    text = text[:_LONGEST]
+    text = text[:LONGEST]
     words = _WORD.findall(text)
     grams = {*words, *(f"{first} {second}" for first, second in itertools.pairwise(words))}
     text = f"^{_WORD.sub('_', text)}$"
     grams |= {text[i : i + n] for n in _ORDERS for i in range(len(text) - n + 1)}
-    grams = {gram for gram in grams if "〇" not in gram}
-    if not grams:
-        return np.zeros(0, np.int64), np.zeros(0, np.float32)
-    hashed = [zlib.crc32(gram.encode("utf-8", "replace")) % BUCKETS for gram in sorted(grams)]
-    buckets, counts = np.unique(np.asarray(hashed, np.int64), return_counts=True)
-    weights = np.sqrt(counts.astype(np.float32))
-    return buckets, weights / np.linalg.norm(weights)
+    hashed = {zlib.crc32(gram.encode("utf-8", "replace")) for gram in grams}
+    return np.asarray(sorted(hashed), np.uint32)
 
 
 class Classifier:
-    """weights: category [BUCKETS, 9], category_bias [9], high [BUCKETS], high_bias []."""
+    """The arrays of weights.npz, of n known features.
 
-    def __init__(self, weights: dict[str, Any]) -> None:
-        self._category = np.asarray(weights["category"], np.float32)
-        self._category_bias = np.asarray(weights["category_bias"], np.float32)
-        self._high = np.asarray(weights["high"], np.float32)
-        self._high_bias = float(weights["high_bias"])
-        if self._category.shape != (BUCKETS, len(CLASSES)) or self._high.shape != (BUCKETS,):
+    keys: uint32 [n], ascending; rarity: float32 [n], what a feature counts before a text's are
+    scaled to length 1; weights: float16 [n, 2 + 8] and bias [2 + 8], of the log odds of risk and
+    of high risk, and of the categories. A feature not seen in training counts for nothing.
+    """
+
+    def __init__(self, stored: dict[str, Any]) -> None:
+        self._keys = np.asarray(stored["keys"], np.uint32)
+        self._rarity = np.asarray(stored["rarity"], np.float32)
+        self._weights = np.asarray(stored["weights"])
+        self._bias = np.asarray(stored["bias"], np.float32)
+        if self._weights.shape != (len(self._keys), 2 + len(CATEGORIES)):
             raise ValueError("weights.npz does not fit this version: run the training again")
 
     def judge(self, text: str) -> Opinion:
         """What the classifier makes of one normalised text."""
-        buckets, values = features(text)
-        logits = values @ self._category[buckets] + self._category_bias
-        odds = np.exp(logits - logits.max())
-        probability = odds / odds.sum()
-        high = float(values @ self._high[buckets]) + self._high_bias
-        return Opinion(
-            risk=float(1 - probability[0]),
-            high=float(1 / (1 + np.exp(-high))),
-            category=CATEGORIES[int(probability[1:].argmax())],
-        )
+        keys = features(text)
+        at = np.minimum(np.searchsorted(self._keys, keys), len(self._keys) - 1)
+        at = at[self._keys[at] == keys]
+        values = self._rarity[at]
+        values = values / max(float(np.linalg.norm(values)), 1e-9)
+        odds = values @ self._weights[at].astype(np.float32) + self._bias
+        risk, high = 1 / (1 + np.exp(-odds[:2]))
+        return Opinion(float(risk), float(high), CATEGORIES[int(odds[2:].argmax())])
 
 
 @lru_cache(maxsize=1)

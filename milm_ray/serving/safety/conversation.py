@@ -21,9 +21,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from milm_ray.errors import UserError
-from milm_ray.serving.safety.classifier import classifier
+from milm_ray.serving.safety.classifier import LONGEST, classifier
 from milm_ray.serving.safety.config import CATEGORIES, Category, SafetyConfig
-from milm_ray.serving.safety.normalize import normalize
+from milm_ray.serving.safety.normalize import BREAK, normalize
 from milm_ray.serving.safety.rules import HIGH, MEDIUM, SIGNAL, Hit, Scan, joins, rule_book
 
 Level = Literal["none", "medium", "high"]
@@ -110,7 +110,7 @@ _memory: OrderedDict[bytes, tuple[Scan, float, float, Category]] = OrderedDict()
 
 
 def _scan(text: str, config: SafetyConfig) -> Scan:
-    """Rules on one text, joined by the classifier where they are silent.
+    """Rules on one text, joined by the classifier where it sees more than they do.
 
     Remembered by digest, so that a growing history costs its newest turn only and no client's
     words stay in memory.
@@ -120,28 +120,40 @@ def _scan(text: str, config: SafetyConfig) -> Scan:
     if known is None:
         hits: list[Hit] = []
         signals: set[str] = set()
+        rest: list[str] = []
         risk, high = 0.0, 0.0
         category: Category = CATEGORIES[0]
-        for start in range(0, max(len(text), 1), _WINDOW - _WINDOW // 10):
-            scan = rule_book().scan(text[start : start + _WINDOW])
+        for window in _windows(text, _WINDOW):
+            scan = rule_book().scan(window)
             hits += scan.hits
             signals |= scan.signals
-            # A denial or figure of speech was understood; too short a text says too little.
-            if "〇" in scan.unexplained or len(scan.unexplained) < _SHORTEST:
-                continue
-            opinion = classifier().judge(scan.unexplained)
-            if opinion.risk >= risk:
-                risk, category = opinion.risk, opinion.category
-            high = max(high, opinion.high)
+            # A denial or figure of speech was understood: the rest may say something else.
+            rest += [clause for clause in scan.unexplained.split(BREAK) if "〇" not in clause]
+        unexplained = BREAK.join(rest)
+        if len(unexplained) >= _SHORTEST and not any(hit.level == HIGH for hit in hits):
+            opinions = [classifier().judge(window) for window in _windows(unexplained, LONGEST)]
+            high = max(opinion.high for opinion in opinions)
+            riskiest = max(opinions, key=lambda opinion: opinion.risk)
+            risk, category = riskiest.risk, riskiest.category
         known = (Scan(tuple(hits), frozenset(signals), ""), risk, high, category)
         _memory[key] = known
         if len(_memory) > _REMEMBERED:
             _memory.popitem(last=False)
     scan, risk, high, category = known
-    if any(hit.level > SIGNAL for hit in scan.hits) or risk < config.classifier_medium:
+    if high >= config.classifier_high:
+        level = HIGH
+    elif risk >= config.classifier_medium:
+        level = MEDIUM
+    else:
         return scan
-    level = HIGH if high >= config.classifier_high else MEDIUM
+    if any(hit.level >= level for hit in scan.hits):
+        return scan
     return Scan((*scan.hits, Hit("classifier", category, level, 0, len(text))), scan.signals, "")
+
+
+def _windows(text: str, size: int) -> list[str]:
+    """`text` in pieces of `size` characters that overlap by a tenth."""
+    return [text[at : at + size] for at in range(0, max(len(text), 1), size - size // 10)]
 
 
 def _add(found: _Found, index: int, scan: Scan) -> None:
