@@ -81,18 +81,21 @@ def test_the_test_set_is_large_complete_and_its_parts_are_apart():
     assert not trained & held_out
 
 
-# The goal for unseen words is a recall of 0.98 and false alarms of at most 0.05. It is far off: of
-# the 105 high-risk items of the held-out part, written last and never tuned on, 73 are found (3 of
-# the 16 indirect ones), and 4 of its 73 benign ones are taken for a risk. A part that was tuned on
-# shows 0.98 and more, which says nothing about new words: two earlier held-out parts showed 92 of
-# 114 and 62 of 100 before they were tuned on. The floors stand a little below the figures. A change
-# that lowers a floor has to be argued for here.
-@pytest.mark.parametrize(("split", "floor"), [("tune", 0.98), ("held_out", 0.67)])
+# The goal for unseen words is a recall of 0.98 and false alarms of at most 0.05. Both are out of
+# reach: of the 200 high-risk items of the held-out part, written apart and never tuned on, 157 are
+# found; and 24 of its 170 benign ones, most of them look-alikes, are taken for a risk (15 by the
+# rules). It was measured twice: at first 169 and 31; then a fault that had nothing to do with its
+# items was put right (a text of words not known was judged by the one that was), thresholds as they
+# were. The part is harder than those before it: the check as it was before the classifier's last
+# training found 67 of the same 200, with 25 false alarms. A part that was tuned on shows 0.98 and
+# more, which says nothing about new words. The bounds stand a little beside the figures. A change
+# that moves one for the worse has to be argued for here.
+@pytest.mark.parametrize(("split", "floor"), [("tune", 0.98), ("held_out", 0.77)])
 def test_recall_on_high_risk(split, floor, record_property):
     assert rate(split, "high", record_property) >= floor
 
 
-@pytest.mark.parametrize(("split", "ceiling"), [("tune", 0.05), ("held_out", 0.07)])
+@pytest.mark.parametrize(("split", "ceiling"), [("tune", 0.05), ("held_out", 0.16)])
 def test_false_alarms_on_benign(split, ceiling, record_property):
     assert 1 - rate(split, "none", record_property) <= ceiling
 
@@ -146,6 +149,13 @@ def test_a_plan_split_over_turns_is_found_with_other_turns_in_between():
 def test_a_figure_of_speech_in_a_story_does_not_silence_the_rest_of_it():
     risk = "火车开过来的时候我往前迈了一步，差点就没收回来"
     assert assess(client(f"今天累死了，{risk}")).evidence == assess(client(risk)).evidence != ()
+
+
+@pytest.mark.parametrize(
+    "text", ["content", "嗯嗯，好的", "对，就是这样", "Xylophon quasselt brumm"]
+)
+def test_words_that_say_nothing_are_no_alarm(text):
+    assert assess(client(text)).level == "none"
 
 
 def test_what_is_found_is_told_without_the_clients_words():

@@ -47,12 +47,18 @@ def features(text: str) -> np.ndarray:
     return np.asarray(sorted(hashed), np.uint32)
 
 
+def length(squares: Any, strange: Any, rarity: np.ndarray) -> Any:
+    """The length to scale a text by: of its known features' squares and of how many are strange."""
+    return np.sqrt(np.maximum(squares + strange * float(rarity.max()) ** 2, 1e-9))
+
+
 class Classifier:
     """The arrays of weights.npz, of n known features.
 
     keys: uint32 [n], ascending; rarity: float32 [n], what a feature counts before a text's are
     scaled to length 1; weights: float16 [n, 2 + 8] and bias [2 + 8], of the log odds of risk and
-    of high risk, and of the categories. A feature not seen in training counts for nothing.
+    of high risk, and of the categories. A feature not known says nothing, but makes the others
+    count less: a text of strange words must not be judged by the one that is known.
     """
 
     def __init__(self, stored: dict[str, Any]) -> None:
@@ -69,7 +75,7 @@ class Classifier:
         at = np.minimum(np.searchsorted(self._keys, keys), len(self._keys) - 1)
         at = at[self._keys[at] == keys]
         values = self._rarity[at]
-        values = values / max(float(np.linalg.norm(values)), 1e-9)
+        values = values / length(values @ values, len(keys) - len(at), self._rarity)
         odds = values @ self._weights[at].astype(np.float32) + self._bias
         risk, high = 1 / (1 + np.exp(-odds[:2]))
         return Opinion(float(risk), float(high), CATEGORIES[int(odds[2:].argmax())])

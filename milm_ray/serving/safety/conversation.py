@@ -15,6 +15,7 @@ after a plan is not thereby safe. A counselor's words are context, never the cli
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,7 +31,8 @@ Level = Literal["none", "medium", "high"]
 _NAMES: dict[int, Level] = {SIGNAL: "none", MEDIUM: "medium", HIGH: "high"}
 _WINDOW = 2000  # characters of a turn scanned at a time, with an overlap of a tenth
 _REMEMBERED = 4096
-_SHORTEST = 6  # characters that the classifier needs to have an opinion
+_SHORTEST = 6  # characters that the classifier needs to have an opinion; a Latin word is two
+_LATIN = re.compile("[a-z]+")
 # Shown first when levels are equal: what can kill soonest, and is not covered by the other.
 _ORDER = {category: rank for rank, category in enumerate(CATEGORIES)}
 
@@ -130,7 +132,9 @@ def _scan(text: str, config: SafetyConfig) -> Scan:
             # A denial or figure of speech was understood: the rest may say something else.
             rest += [clause for clause in scan.unexplained.split(BREAK) if "〇" not in clause]
         unexplained = BREAK.join(rest)
-        if len(unexplained) >= _SHORTEST and not any(hit.level == HIGH for hit in hits):
+        if len(_LATIN.sub("__", unexplained)) >= _SHORTEST and not any(
+            hit.level == HIGH for hit in hits
+        ):
             opinions = [classifier().judge(window) for window in _windows(unexplained, LONGEST)]
             high = max(opinion.high for opinion in opinions)
             riskiest = max(opinions, key=lambda opinion: opinion.risk)

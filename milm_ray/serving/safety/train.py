@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from milm_ray.serving.safety.classifier import features
+from milm_ray.serving.safety.classifier import features, length
 from milm_ray.serving.safety.config import CATEGORIES
 from milm_ray.serving.safety.normalize import normalize
 from milm_ray.serving.safety.rules import HIGH, SIGNAL, rule_book
@@ -81,9 +81,8 @@ def smilechat(directory: Path, dialogues: int, seed: int) -> Iterator[Example]:
 
 def train(examples: list[Example]) -> dict[str, np.ndarray]:
     """The arrays of weights.npz: three logistic regressions on the same features."""
-    from scipy.sparse import csr_matrix
+    from scipy.sparse import csr_matrix, diags
     from sklearn.linear_model import LogisticRegression
-    from sklearn.preprocessing import normalize as normalize_rows
 
     rows = [features(example.text) for example in examples]
     keys, texts_with = np.unique(np.concatenate(rows), return_counts=True)
@@ -95,7 +94,8 @@ def train(examples: list[Example]) -> dict[str, np.ndarray]:
     known = keys[at] == every
     text_of = np.repeat(np.arange(len(rows)), sizes)[known]
     counts = csr_matrix((rarity[at[known]], (text_of, at[known])), (len(rows), len(keys)))
-    matrix = normalize_rows(counts)
+    strange = sizes - np.bincount(text_of, minlength=len(rows))
+    matrix = diags(1 / length(counts.multiply(counts).sum(1).A1, strange, rarity)) @ counts
     weights = np.array([example.weight for example in examples])
 
     def fit(labels: np.ndarray, chosen: np.ndarray | slice = slice(None)) -> LogisticRegression:
