@@ -16,7 +16,8 @@ from pathlib import Path
 
 import psutil
 
-from tests.cluster.cluster import ENVIRONMENT, RAY, command_of, free_port, wait_for
+from tests.cluster.cluster import ENVIRONMENT, RAY, free_port, wait_for
+from tests.processes import command_of
 
 # A node that is silent is given up after some ten seconds, not after a minute.
 _NODE = {**ENVIRONMENT, "RAY_health_check_timeout_ms": "2500", "RAY_AUTH_MODE": "token"}

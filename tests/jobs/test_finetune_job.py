@@ -19,6 +19,7 @@ import yaml
 from milm_ray.schema import MI_DIALOGUES, PREFERENCES, Dialogue, Turn
 from milm_ray.serving.adapters import AdapterStore
 from milm_ray.workspace import Workspace
+from tests.processes import command_of
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "milm_ray/samples/models/tiny-llama3"
@@ -150,7 +151,7 @@ def test_killed_worker_and_killed_driver_end_where_an_undisturbed_run_ends(tmp_p
         # The worker dies: Ray Train starts another, which goes on.
         before = wait_for(lambda: checkpoints(home), driver)
         started = psutil.Process(driver.pid).children(recursive=True)
-        workers = [p for p in started if "RayTrainWorker" in " ".join(p.cmdline())]
+        workers = [p for p in started if "RayTrainWorker" in command_of(p)]
         assert len(workers) == 1
         workers[0].kill()
 

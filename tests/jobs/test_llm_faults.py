@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 from tests.llm_server_process import KEY, ServerProcess
+from tests.processes import command_of
 from tests.transcription_job import (
     CONFIG,
     ROWS,
@@ -87,7 +88,7 @@ def test_a_misbehaving_server_leaves_every_row_accounted_for(tmp_path: Path) -> 
 
 def asker_processes() -> list[psutil.Process]:
     found = psutil.Process().children(recursive=True)
-    return [child for child in found if "Asker" in " ".join(child.cmdline())]
+    return [child for child in found if "Asker" in command_of(child)]
 
 
 def wait_for_replies(server: ServerProcess, process: subprocess.Popen[str], number: int) -> bool:
