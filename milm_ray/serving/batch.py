@@ -161,7 +161,8 @@ def predict(
     context.execution_options.preserve_order = True
     per_block = max(_ROUNDS_PER_BLOCK, -(-total // _BLOCKS))
     places = _places(workspace, files, per_block)
-    blocks = ray.data.from_arrow([pa.Table.from_pylist([place]) for place in places])
+    # from_arrow would run a task per block, each on a whole CPU, of which engines may leave none.
+    blocks = ray.data.from_items(places, override_num_blocks=len(places))
     actors = -(-config.generate.concurrency // _CALLS_PER_ACTOR)
     per_actor = -(-config.generate.concurrency // actors)
     at_once = 2 + -(-per_actor // (per_block * max(1, len(wanted))))
