@@ -135,7 +135,7 @@ def run(base, adapter, out, resume=None, die=False, **settings):
         chat_format="llama3",
         lora_targets=registry.get("llama3").lora_targets,
         settings=FinetuneSection(**{**SETTINGS, **settings}),
-        seed=3,
+        seed=11,
         adapter=str(adapter),
     )
     rows = [*preferences(), *preferences(2, model="glm4")]
