@@ -6,7 +6,7 @@ LoRA of rank 8 on a randomly initialised Llama of the 8B shape, bf16, in one pro
 A step is 8 dialogues packed, half of their tokens with a label. The utilisation is the model's own
 floating point operations (what checkpointing computes twice counts once) over the rate that a large
 bf16 product reaches on this GPU. --peer: also transformers' Trainer, batch 1 x accumulation 8, on
-the same dialogues. Needs CUDA and about 20 GiB of GPU memory.
+the same dialogues. Needs CUDA and about 60 GiB of GPU memory.
 """
 
 from __future__ import annotations

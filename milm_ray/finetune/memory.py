@@ -115,8 +115,9 @@ def settle(
         plain = settings.model_copy(update={"gradient_checkpointing": False})
         fits = need(plain).total < _SAFE * _free_everywhere(device)
         settings = settings.model_copy(update={"gradient_checkpointing": not fits})
-    check(model, need(settings), device)
-    return settings, need(settings)
+    settled = need(settings)
+    check(model, settled, device)
+    return settings, settled
 
 
 def check_weights(
