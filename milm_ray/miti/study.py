@@ -18,18 +18,17 @@ from milm_ray.miti import codings as code_stage
 from milm_ray.miti import paper_study, study_packet, study_tables
 from milm_ray.miti.study_agreement import agreement_table, automatic_table
 from milm_ray.miti.summary import Coding
-from milm_ray.miti.tables import csv_text
+from milm_ray.miti.tables import LAYOUT, csv_text
 from milm_ray.workspace import MANIFEST, Workspace
 
 ARTIFACT = "study"
 PEOPLE = "people"
-_LAYOUT = 3  # of study.json: a study that an earlier version wrote is made again
 Row = Mapping[str, Any]
 
 
 def _settings(config: Config) -> dict[str, Any]:
     return {
-        "layout": _LAYOUT,
+        "layout": LAYOUT,
         "resamples": config.miti.resamples,
         "seed": config.seed,
         "paper": study_packet.file_digest(config.miti.paper_cells),
@@ -87,6 +86,7 @@ def run(config: Config, workspace: Workspace) -> Mapping[str, Any]:
         csv_text(names, [list(row.values()) for row in long]), ARTIFACT, "table6_long.csv"
     )
     study = {
+        "layout": LAYOUT,
         "tables": [asdict(table) for table in tables],
         "notes": paper_study.NOTES,
         "uncoded": uncoded,

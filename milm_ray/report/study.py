@@ -6,6 +6,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from milm_ray.errors import UserError
+from milm_ray.miti.tables import LAYOUT
 from milm_ray.report.blocks import Column, Estimate, Facts, Remark, Section, Table, absent
 from milm_ray.report.run import source_list, usage
 from milm_ray.workspace import Workspace
@@ -28,11 +30,21 @@ _HOW_TO_READ = (
 
 
 def section(ws: Workspace, found: Manifests) -> Section:
-    """The study's blocks; what is missing of it is said."""
+    """The study's blocks; what is missing of it is said.
+
+    Raises UserError for a study that another version of this program wrote.
+    """
     title = "The MITI study"
     if "study" not in found:
         return absent("miti", title, "study/", "miti")
     study = json.loads(ws.read_text("study", "study.json"))
+    if study.get("layout") != LAYOUT:
+        raise UserError(
+            "study/ was written by another version of this program, in a layout that this one "
+            "does not read",
+            "run jobs/miti.py again with the same settings, then jobs/report.py; codings by people "
+            "are kept",
+        )
     counts = found["study"]["counts"]
     coders = ", ".join(study["people"]) or "none yet: no sheet has come back"
     waiting = found.get("codings", {}).get("still_to_code", {})

@@ -14,6 +14,7 @@ import pytest
 import report_sample
 
 from milm_ray.config import Config, load_config
+from milm_ray.errors import UserError
 from milm_ray.miti import codings, study, study_packet
 from milm_ray.miti.paper_study import NOTES
 from milm_ray.report import paper
@@ -172,6 +173,21 @@ def test_the_study_is_shown_with_who_coded_and_how_to_read_it(tmp_path: Path) ->
     for artifact in ("sessions/simulated", "packet", "codings", "study"):
         assert f"sha256 {ws.manifest(artifact)['digest']}" in html
     assert ws.exists("report", "miti_table6_trained_zh.csv")
+
+
+def test_a_study_of_another_version_is_named_with_what_to_do(tmp_path: Path) -> None:
+    config = miti_sample.config_of(tmp_path)
+    ws, _ = miti_sample.with_sessions(config)
+    for stage in (study_packet.STAGE, codings.STAGE, study.STAGE):
+        stage.run(config, ws)
+    for model in config.models:
+        ws.clear(f"adapters/{model}")
+    written = json.loads(ws.read_text("study", "study.json"))
+    del written["layout"]
+    old = written | {"tables": [{"name": "table4", "columns": ["Group"], "rows": []}]}
+    ws.write_text(json.dumps(old), "study", "study.json")
+    with pytest.raises(UserError, match=r"another version(.|\n)*run jobs/miti\.py again"):
+        STAGE.run(config, ws)
 
 
 def test_an_empty_workspace_gives_a_page_without_results(tmp_path: Path) -> None:
