@@ -1,13 +1,19 @@
 """The files a platform team starts from are valid, by the schemas of those who read them."""
 
+import os
 import re
+import subprocess
 import zipfile
 from pathlib import Path
 from typing import Any
 
+import boto3
 import pytest
 import yaml
+from moto import mock_aws
 from ray._private.runtime_env.packaging import create_package
+from ray.autoscaler._private.aws.config import bootstrap_aws
+from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.serve.schema import ServeDeploySchema
 
@@ -48,15 +54,60 @@ def test_the_clusters_differ_only_in_where_they_run():
         assert [c.replace("/home/ubuntu/", "/home/ray/") for c in cloud[key]] == own[key]
 
 
+@pytest.mark.parametrize("key", ["head_start_ray_commands", "worker_start_ray_commands"])
 @pytest.mark.parametrize("name", ["cluster.yaml", "deploy/cluster-onprem.yaml"])
-def test_no_node_of_the_clusters_answers_without_the_token(name: str):
+def test_every_node_asks_for_the_token_and_runs_jobs_with_its_environments_python(
+    name: str, key: str, tmp_path: Path
+):
     """A node that `ray start` makes asks for a token only where it is told to."""
     config = read(ROOT / name)
     assert [mount for mount in config["file_mounts"] if mount.endswith("/.ray/auth_token")]
-    for key in ("head_start_ray_commands", "worker_start_ray_commands"):
-        starts = [command for command in config[key] if "ray start" in command]
-        assert starts
-        assert all(command.startswith("RAY_AUTH_MODE=token ") for command in starts)
+    (start,) = [command for command in config[key] if "ray start" in command]
+    (code,) = [mount for mount in config["file_mounts"] if mount.endswith("/milm_ray")]
+    ray = tmp_path / ".venv" / "bin" / "ray"
+    ray.parent.mkdir(parents=True)
+    ray.write_text('#!/bin/sh\necho "$RAY_AUTH_MODE $PATH $*"\n')
+    ray.chmod(0o755)
+    done = subprocess.run(
+        ["bash", "-c", start.replace(code, str(tmp_path))],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"PATH": os.environ["PATH"], "RAY_HEAD_IP": "192.0.2.1"},
+    )
+    mode, path, arguments = done.stdout.split(" ", 2)
+    assert mode == "token"
+    assert path.startswith(f"{ray.parent}:")
+    assert arguments.startswith(("start --head", "start --address=192.0.2.1:6379"))
+
+
+def test_the_cloud_takes_the_nodes_as_they_are_described(monkeypatch, tmp_path: Path):
+    """Ray's own code for AWS asks a simulated AWS for a node of every type."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "testing")
+    monkeypatch.setenv("HOME", str(tmp_path))  # for the ssh key that Ray makes
+    config = {**read(ROOT / "cluster.yaml"), "cluster_synced_files": []}
+    with mock_aws():
+        profiles = roles_of_nodes()
+        ready = bootstrap_aws(prepare_config(config))
+        provider = AWSNodeProvider(ready["provider"], ready["cluster_name"])
+        for name, node in ready["available_node_types"].items():
+            wanted = node["node_config"]
+            assert wanted["IamInstanceProfile"]["Name"] in profiles
+            made = provider.create_node(dict(wanted), {"ray-user-node-type": name}, 1)
+            (instance,) = made.values()
+            assert instance.instance_type == wanted["InstanceType"]
+
+
+def roles_of_nodes() -> list[str]:
+    """The instance profiles of deploy/aws-roles.yaml, made in the simulated AWS."""
+    iam = boto3.client("iam", "us-west-2")
+    resources = read(ROOT / "deploy" / "aws-roles.yaml")["Resources"].values()
+    of = [r["Properties"] for r in resources if r["Type"] == "AWS::IAM::InstanceProfile"]
+    names = [properties["InstanceProfileName"] for properties in of]
+    for name in names:
+        iam.create_instance_profile(InstanceProfileName=name)
+    return names
 
 
 def serve_configs() -> list[tuple[str, str]]:
