@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -10,14 +11,74 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import yaml
 
+from milm_ray.config import load_config
 from milm_ray.serving.chat.build import ChatArgs
+from milm_ray.serving.endpoints import prepared_bases
 from milm_ray.serving.running import running_chat
-from tests.cluster.cluster import Nodes, free_port, wait_for
+from milm_ray.workspace import Workspace
+from tests.cluster.cluster import Job, Nodes, free_port, wait_for
 from tests.serving.chat_processes import ModelServer
+from tests.serving.conftest import MODELS, RANK, commit, random_adapter, sample_rounds
 from tests.serving.test_chat_serve import talk, whole
 
 pytestmark = [pytest.mark.scenario, pytest.mark.timeout(900)]
+
+GENERATE = {
+    "models": {"llama3": {"path": str(MODELS / "tiny-llama3"), "chat_format": "llama3"}},
+    "finetune": {"lora": {"rank": RANK}},
+    "serve": {
+        "dtype": "float32",
+        "max_model_len": 512,
+        "gpus_per_replica": 0,
+        "cpus_per_replica": 0.5,
+        "engine": {"kv_cache_memory_bytes": 128 << 20},
+    },
+    "generate": {"max_new_tokens": 48, "concurrency": 2},
+}
+
+
+def test_in_generate(nodes: Nodes, tmp_path: Path) -> None:
+    """The node of the only engine is lost in mid-prediction: another starts elsewhere, goes on."""
+    home, config = tmp_path / "work", tmp_path / "c.yaml"
+    config.write_text(yaml.safe_dump({**GENERATE, "workspace": str(home)}), encoding="utf-8")
+    workspace = Workspace.open(str(home))
+    (base,) = prepared_bases(load_config(config), workspace).values()
+    random_adapter(base, workspace.local("adapters", "llama3"), "llama3", 0)
+    commit(workspace, "adapters/llama3")
+    rounds = sample_rounds(6, 5)
+    workspace.write_table(rounds, "test_rounds")
+    commit(workspace, "test_rounds")
+    wanted = sorted(
+        (row["dialogue_id"], row["round_index"], "llama3", variant)
+        for row in rounds.to_pylist()
+        for variant in ("base", "adapter")
+    )
+
+    def replies() -> list[str]:
+        """The stored replies, a line each."""
+        files = home.glob("replies/*.jsonl")
+        text = "".join(file.read_text(encoding="utf-8") for file in files)
+        return [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+    nodes.add("a", "b")
+    with Job(nodes, "generate", "--config", config) as job:
+        engine = job.wait_for(lambda: nodes.where("model-llama3"))
+        job.wait_for(lambda: len(replies()) >= 4)
+        nodes.kill(engine)
+        before = replies()
+        assert len(before) < len(wanted), "all was said before the node was lost"
+        output = job.end()
+
+    after = replies()
+    keys = [json.loads(line)["key"] for line in after]
+    assert len(set(keys)) == len(keys) == len(wanted), output
+    assert set(before) <= set(after)
+    rows = workspace.read_table("predictions").to_pylist()
+    named = ("dialogue_id", "round_index", "model", "variant")
+    assert sorted(tuple(row[name] for name in named) for row in rows) == wanted, output
+    assert not workspace.manifest("predictions")["counts"]["rejected"]
 
 
 SERVES = """
