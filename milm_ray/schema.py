@@ -178,7 +178,8 @@ CODINGS = pa.schema(
                 ]
             )
         ),
-        "counts": pa.map_(pa.string(), pa.int64()),
+        # Whole numbers by people; an automatic coder's are expected counts, with fractions.
+        "counts": pa.map_(pa.string(), pa.float64()),
         "global_scores": pa.map_(pa.string(), pa.int64()),  # 1 to 5
         "rounds": pa.int64(),
         "comment": pa.string(),

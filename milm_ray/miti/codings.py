@@ -54,7 +54,7 @@ def _fingerprint(config: Config, workspace: Workspace) -> dict[str, Any]:
     settings: dict[str, Any] = {"coders": miti.coders, "automatic": miti.automatic}
     settings["annomi"] = study_packet.file_digest(miti.annomi)
     if "trained" in miti.automatic:
-        settings["trained"] = digest(chinese_coder.examples())
+        settings["trained"] = [digest(chinese_coder.examples()), "expected counts"]
     if "llm" in miti.automatic:
         settings["llm"] = [answered_by(config.coder), load(PROMPT).version]
     inputs: dict[str, Any] = workspace.input_digests(study_packet.ARTIFACT, study_packet.KEY)
@@ -210,6 +210,7 @@ def _trained(packet: Packet, languages: Mapping[str, str]) -> list[dict[str, Any
             CodedItem(item.item_id, chinese_coder.NAME, "", chinese_coder.code_item(item), {}),
             "automatic",
             scope=chinese_coder.SCOPE,
+            counts=chinese_coder.expected(item),
         )
         for item in packet.items
         if languages[item.item_id] == "zh"
@@ -260,7 +261,7 @@ def _count_row(item_id: str, coding: Coding, source: str) -> dict[str, Any]:
         "scope": list(coding.scope),
         "target_behavior": "",
         "codes": [],
-        "counts": [(code, int(n)) for code, n in sorted(coding.counts.items())],
+        "counts": [(code, float(n)) for code, n in sorted(coding.counts.items())],
         "global_scores": [],
         "rounds": coding.rounds,
         "comment": "",
@@ -274,12 +275,15 @@ def _row(
     source: str,
     *,
     scope: Sequence[str] = CODE_NAMES,
+    counts: Mapping[str, float] | None = None,
     why: str = "",
     reply_key: str = "",
 ) -> dict[str, Any]:
-    """One row of CODINGS; why: the reason why it is uncoded."""
+    """One row of CODINGS; counts: expected ones, else those of the codes; why it is uncoded."""
     dialogue_id, group = packet.key[coded.item_id]
     item = packet.item(coded.item_id)
+    if counts is None:
+        counts = Counter(coded.codes.values())
     return {
         "item_id": coded.item_id,
         "dialogue_id": dialogue_id,
@@ -294,7 +298,7 @@ def _row(
             {"volley": volley, "utterance": utterance, "code": code}
             for (volley, utterance), code in sorted(coded.codes.items())
         ],
-        "counts": sorted(Counter(coded.codes.values()).items()),
+        "counts": [(code, float(n)) for code, n in sorted(counts.items())],
         "global_scores": sorted(coded.global_scores.items()),
         "rounds": item.rounds if item else 0,
         "comment": coded.comment,

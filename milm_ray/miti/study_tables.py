@@ -38,6 +38,11 @@ LABELS = {
     "total_mina": "Total MI-non-adherent",
     "mia_ratio": "MI-adherent ratio (the paper's addition)",
 }
+_EXPECTED = (
+    "Counts are expected ones, sums of how probable each code is, which lean less to the coder's "
+    "favourite codes than its best guesses do; a ratio over less than half an expected code is "
+    "undefined."
+)
 _MARK = {"good": "Good", "fair": "Fair", "below": "below Fair"}
 Groups = Mapping[str, Sequence[Coding]]
 Key = Mapping[str, Mapping[str, Any]]
@@ -200,6 +205,7 @@ def coded_tables(instrument: str, groups: Groups, cells: Sequence[Cell]) -> list
             "defined. Coders of a dialogue are averaged first. A variable that this coder does not "
             "give is left out; it is not zero.",
             *(["These codes are automatic and stand for nobody's judgement."] if automatic else []),
+            *([_EXPECTED] if _expected(groups) else []),
         ],
         automatic,
     )
@@ -339,6 +345,15 @@ def long_rows(instrument: str, groups: Groups) -> list[dict[str, Any]]:
     """Every figure of every group as one long table, for other programs."""
     summaries = [summarise_group(codings) for codings in groups.values()]
     return [{"instrument": instrument, **row} for row in table_rows(summaries)]
+
+
+def _expected(groups: Groups) -> bool:
+    """Whether an automatic coder gave expected counts; the means of people's are no such thing."""
+    return any(
+        coding.automatic and any(n != int(n) for n in coding.counts.values())
+        for codings in groups.values()
+        for coding in codings
+    )
 
 
 def _spread(summary: GroupSummary, kind: str, name: str) -> Spread:

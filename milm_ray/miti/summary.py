@@ -48,6 +48,7 @@ RATIOS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "reflection_to_question": (("simple_reflection", "complex_reflection"), ("question",)),
     "mia_ratio": (MI_ADHERENT, (*MI_ADHERENT, *MI_NON_ADHERENT)),
 }
+_HALF = 0.5
 _UNDEFINED = {
     "technical_global": "needs cultivating_change_talk and softening_sustain_talk",
     "relational_global": "needs partnership and empathy",
@@ -166,12 +167,22 @@ class Coding:
         return self.counts.get(code, 0) if code in self.scope else None
 
     def scores(self) -> dict[str, float | None]:
-        """`summary_scores`; None also where a measure needs codes outside the coder's scope."""
+        """`summary_scores`; None also where a measure needs codes outside the coder's scope.
+
+        And, of automatic expected counts, a ratio over what is expected less than half a time:
+        rounded, that is 0.
+        """
         found = summary_scores(self.counts, self.global_scores)
         return {
-            measure: value if set(NEEDS.get(measure, ())) <= set(self.scope) else None
-            for measure, value in found.items()
+            measure: None if self._undefined(measure) else value for measure, value in found.items()
         }
+
+    def _undefined(self, measure: str) -> bool:
+        if not set(NEEDS.get(measure, ())) <= set(self.scope):
+            return True
+        if not self.automatic or measure not in RATIOS:
+            return False
+        return sum(self.counts.get(code, 0) for code in RATIOS[measure][1]) < _HALF
 
 
 class Spread(NamedTuple):

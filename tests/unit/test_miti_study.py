@@ -133,8 +133,8 @@ def test_automatic_codes_are_marked_and_say_what_they_do_not_cover(sample):
     assert "agreement" not in tables
     cells = dict(zip(labels, table6["rows"], strict=True))
     glm4, llama3 = cells["Persuade"][2:4]
-    assert glm4[0] == 0
-    assert llama3[0] > 0
+    assert glm4[0] < 0.5 < llama3[0]
+    assert any("expected ones" in text for text in table6["foot"])
     table = next(csv.DictReader(ws.read_text("study", "table6_trained_zh.csv").splitlines()))
     assert table["MI-LLM glm4, simulated clients n"] == "3"
     assert csv.DictReader(ws.read_text("study", "table6_long.csv").splitlines())

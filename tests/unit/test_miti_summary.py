@@ -189,3 +189,12 @@ def test_values_of_dialogues_are_coders_means():
     assert values["question"] == [3.5]
     assert values["reflection_to_question"] == [0]
     assert values["relational_global"] == [None]
+
+
+def test_a_ratio_over_less_than_half_an_expected_code_is_undefined_for_a_model_only():
+    counts = {"question": 0.4, "simple_reflection": 0.4, "complex_reflection": 0.2}
+    expected = Coding("d", "m", "g", counts, automatic=True).scores()
+    assert expected["reflection_to_question"] is None
+    assert expected["complex_reflection_ratio"] == pytest.approx(1 / 3)
+    people = Coding("d", "p", "g", counts).scores()  # the mean of several coders
+    assert people["reflection_to_question"] == pytest.approx(1.5)

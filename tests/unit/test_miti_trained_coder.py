@@ -4,7 +4,13 @@ import pytest
 from milm_ray.errors import UserError
 from milm_ray.miti import trained_coder
 from milm_ray.miti.annomi import COLUMNS, Session, Utterance
+from milm_ray.miti.expected_counts import expected_counts, expected_in_volley
+from milm_ray.miti.trained_features import contexts
 
+NEITHER = {"question_exists": "False", "reflection_exists": "False"}
+OTHER = NEITHER | {"main_therapist_behaviour": "other"}
+QUESTION = NEITHER | {"main_therapist_behaviour": "question", "question_exists": "True"}
+REFLECTION = NEITHER | {"main_therapist_behaviour": "reflection", "reflection_exists": "True"}
 TOPICS = ("sleep", "drinking", "smoking", "exercise", "phone")
 
 
@@ -18,14 +24,13 @@ def session(i):
     topic = TOPICS[i % len(TOPICS)]
     lines = [
         ("client", f"I really want to change my {topic}.", {"client_talk_type": "change"}),
-        ("therapist", f"What bothers you about {topic}?", {"main_therapist_behaviour": "question"}),
+        ("therapist", f"What bothers you about {topic}?", QUESTION),
         ("client", f"I like my {topic} as it is.", {"client_talk_type": "sustain"}),
         (
             "therapist",
             f"You like {topic}.",
             {
-                "main_therapist_behaviour": "reflection",
-                "reflection_exists": "True",
+                **REFLECTION,
                 "reflection_subtype": "simple",
             },
         ),
@@ -34,12 +39,11 @@ def session(i):
             "therapist",
             f"It sounds as if deep down {topic} stands for freedom to you.",
             {
-                "main_therapist_behaviour": "reflection",
-                "reflection_exists": "True",
+                **REFLECTION,
                 "reflection_subtype": "complex",
             },
         ),
-        ("therapist", "Okay.", {"main_therapist_behaviour": "other"}),
+        ("therapist", "Okay.", OTHER),
     ]
     parts = [utterance(n, who, text, **labels) for n, (who, text, labels) in enumerate(lines)]
     return Session(str(i), "high" if i % 2 else "low", topic, tuple(parts))
@@ -48,9 +52,14 @@ def session(i):
 SESSIONS = [session(i) for i in range(12)]
 
 
+@pytest.fixture(scope="module")
+def unseen():
+    return trained_coder.out_of_fold(SESSIONS, count=4)
+
+
 @pytest.mark.parametrize("task", trained_coder.TASKS)
-def test_wording_that_decides_the_label_is_learnt(task):
-    found = trained_coder.cross_validate(SESSIONS, task, count=4)
+def test_wording_that_decides_the_label_is_learnt(unseen, task):
+    found = trained_coder.validate(unseen, task)
     assert found.macro_f1 == pytest.approx(1)
     assert found.kappa.value == pytest.approx(1)
     assert found.sessions == 12
@@ -68,8 +77,8 @@ def test_labels_without_pattern_are_not_learnt():
             for n, label in enumerate(labels)
         ]
         shuffled.append(Session(str(i), "high", "", tuple(parts)))
-    found = trained_coder.cross_validate(shuffled, "client_talk_type", count=5)
-    assert found.kappa.value < 0.25
+    unseen = trained_coder.out_of_fold(shuffled, tasks=["client_talk_type"], count=5)
+    assert trained_coder.validate(unseen, "client_talk_type").kappa.value < 0.25
 
 
 def test_no_session_is_in_two_folds():
@@ -81,22 +90,63 @@ def test_no_session_is_in_two_folds():
         trained_coder.folds(SESSIONS, 13, seed=0)
 
 
-def test_examples_carry_what_the_other_speaker_said_before():
-    rows = trained_coder.examples(SESSIONS[0], "main_therapist_behaviour")
-    assert rows[0][0] == ("What bothers you about sleep?", "I really want to change my sleep.")
-    assert rows[-1][0] == ("Okay.", "Yes, sleep.")
-    kinds = trained_coder.examples(SESSIONS[0], "reflection_subtype")
-    assert [label for _, label in kinds] == ["simple", "complex"]
+def test_an_utterance_is_read_with_what_the_other_speaker_said_around_it():
+    around = contexts(SESSIONS[0])
+    asked = around[1]
+    assert asked.text == "what bothers you about sleep?"
+    assert (asked.before, asked.after) == (
+        "i really want to change my sleep.",
+        "i like my sleep as it is.",
+    )
+    assert (asked.earlier, around[3].earlier) == ("", asked.text)
+    assert [(around[n].first, around[n].last) for n in (1, 5, 6)] == [
+        (True, True),
+        (True, False),
+        (False, True),
+    ]
+    assert (around[0].before, around[6].after) == ("", "")
 
 
-def test_automatic_codings_are_marked_and_keep_the_rules():
-    codings = trained_coder.code_unseen(SESSIONS, count=4)
+def test_automatic_codings_are_marked_and_keep_the_rules(unseen):
+    codings = [each.coding("best guess") for each in unseen]
     assert [c.dialogue_id for c in codings] == [s.transcript_id for s in SESSIONS]
     assert all(c.automatic for c in codings)
     assert codings[0].counts == {"question": 1, "simple_reflection": 1, "complex_reflection": 1}
     assert {c.group for c in codings} == {"high", "low"}
 
 
+def test_expected_counts_stand_for_the_same_coding_in_fractions(unseen):
+    (held_out,) = trained_coder.code_held_out(SESSIONS, {"0"})
+    assert held_out.automatic
+    assert held_out.counts["question"] == 1
+    coding = unseen[0].coding("expected")
+    assert coding.scope == trained_coder.SCOPE
+    volleys = sum(speaker == "therapist" for speaker, _ in SESSIONS[0].volleys())
+    assert 0 < sum(coding.counts.values()) < 2 * volleys
+    assert all(n != round(n) for n in coding.counts.values())
+    assert coding.counts["question"] == pytest.approx(1, abs=0.5)
+
+
+def test_expected_counts_by_hand():
+    """Two utterances, each a question at 1/2: the volley has one at 3/4. Reflections: one at 1/2
+    that is complex at 1/2, beside a sure simple one: CR 1/4, SR the rest of the sure reflection."""
+    volley = {
+        "question": [0.5, 0.5],
+        "simple_reflection": [0.25, 1.0],
+        "complex_reflection": [0.25, 0.0],
+    }
+    assert expected_in_volley(volley) == pytest.approx(
+        {"question": 0.75, "simple_reflection": 0.75, "complex_reflection": 0.25}
+    )
+    assert expected_counts([volley, volley])["question"] == pytest.approx(1.5)
+    sure = {"question": [1, 1], "simple_reflection": [1, 0], "complex_reflection": [0, 1]}
+    assert expected_in_volley(sure) == {
+        "question": 1,
+        "simple_reflection": 0,
+        "complex_reflection": 1,
+    }
+
+
 def test_too_few_labels_to_learn_from_are_refused():
     with pytest.raises(UserError, match="client_talk_type: 0 labelled utterances"):
-        trained_coder.train([], "client_talk_type")
+        trained_coder.Coder([], ["client_talk_type"])
