@@ -55,7 +55,7 @@ Example = tuple[str, str]  # the utterance, and the client's words before its vo
 
 @dataclass(frozen=True)
 class Validation:
-    """Out-of-fold results: f1 and count by code (none among them), kappa with its interval."""
+    """Out-of-fold results by code (none among them): f1, count, best guesses, expected count."""
 
     utterances: int
     dialogues: int
@@ -63,6 +63,8 @@ class Validation:
     macro_f1: float
     f1: dict[str, float]
     counts: dict[str, int]
+    guessed: dict[str, int]
+    expected: dict[str, float]
     kappa: Agreement
 
 
@@ -150,6 +152,7 @@ def validate(folds: int = 10, seed: int = 0) -> Validation:
     names = sorted(set(dialogues))
     order = np.random.default_rng(seed).permutation(len(names))
     predicted = [""] * len(codes)
+    expected = dict.fromkeys(sorted(set(codes)), 0.0)
     for part in np.array_split(order, folds):
         held_out = {names[i] for i in part}
         test = [i for i, dialogue in enumerate(dialogues) if dialogue in held_out]
@@ -157,6 +160,10 @@ def validate(folds: int = 10, seed: int = 0) -> Validation:
         model = _pipeline().fit([texts[i] for i in rest], [codes[i] for i in rest])
         for i, code in zip(test, model.predict([texts[i] for i in test]), strict=True):
             predicted[i] = str(code)
+        model = _pipeline(weighing=True).fit([texts[i] for i in rest], [codes[i] for i in rest])
+        sums = model.predict_proba([texts[i] for i in test]).sum(axis=0)
+        for code, n in zip(model.classes_, sums.tolist(), strict=True):
+            expected[str(code)] += n
     labels = sorted(set(codes))
     each = f1_score(codes, predicted, labels=labels, average=None, zero_division=0)
     return Validation(
@@ -166,6 +173,8 @@ def validate(folds: int = 10, seed: int = 0) -> Validation:
         float(each.mean()),
         dict(zip(labels, each.tolist(), strict=True)),
         {label: codes.count(label) for label in labels},
+        {label: predicted.count(label) for label in labels},
+        expected,
         cohen_kappa(codes, predicted, dialogues),
     )
 
