@@ -159,11 +159,11 @@ def test_the_kubernetes_clusters_fit_this_repository(path: Path):
 
 
 def test_the_kubernetes_jobs_command_is_one_that_this_repository_has():
-    entrypoint = read(ROOT / "deploy" / "kuberay" / "rayjob.yaml")["spec"]["entrypoint"]
-    match = re.fullmatch(r"python (jobs/\w+\.py) --config (\S+) (.*)", entrypoint)
-    assert match, entrypoint
+    spec = read(ROOT / "deploy" / "kuberay" / "rayjob.yaml")["spec"]
+    match = re.fullmatch(r"python (jobs/\w+\.py) --config (\S+) (.*)", spec["entrypoint"])
+    assert match, spec["entrypoint"]
     assert (ROOT / match[1]).is_file()
-    environment = {"CORPORA": "/data"}
+    environment = yaml.safe_load(spec["runtimeEnvYAML"])["env_vars"]
     with pytest.MonkeyPatch.context() as patch:
         for name, value in environment.items():
             patch.setenv(name, value)
