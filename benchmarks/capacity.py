@@ -2,35 +2,21 @@
 
     python benchmarks/capacity.py                         # the plan, from what was measured
     python benchmarks/capacity.py --teacher-concurrency 256 --gpu-hour 3.0
-    python benchmarks/capacity.py --measure 1 10 100      # the data stages here, beside the model
     python benchmarks/capacity.py --figure docs/scale.png
 
---measure runs ingest, curate, transcribe and split on so many times the samples' 102 dialogues,
-against tests/llm_server.py as the teacher, and keeps what they took in docs/scale.json: CPU seconds
-of all processes of the run (the machine may do other work), wall time, bytes written, calls, the
-driver's memory. docs/scale.md says what follows from it.
+`benchmarks/capacity_runs.py` has measured the data stages into docs/scale.json, which is shown
+beside the model. docs/scale.md says what follows from it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import random
-import sys
-import tempfile
-import threading
-import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import psutil
-
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
-RUNS = ROOT / "docs" / "scale.json"
-SAMPLES = 102
+RUNS = Path(__file__).parents[1] / "docs" / "scale.json"
 MODELS = 3
 PAPER = 2_040
 
@@ -45,13 +31,14 @@ class Cost:
     written_mib: float
 
 
-# Fitted to the runs of --measure on two cores (AVX2) in docs/scale.json. The real corpora take
+# Fitted to the runs of benchmarks/capacity_runs.py on two cores (AVX2). The real corpora take
 # ingest 2.4 CPU seconds a thousand: their dialogues are longer, most of them in one tar.xz.
 DATA = {
-    "ingest": Cost(start_cpu_s=7.0, cpu_s=0.35, driver_mib=1.0, written_mib=0.08),
-    "transcribe": Cost(start_cpu_s=4.0, cpu_s=21.0, driver_mib=30.0, written_mib=3.0),
-    "split": Cost(start_cpu_s=0.0, cpu_s=1.35, driver_mib=25.0, written_mib=17.0),
+    "ingest": Cost(start_cpu_s=6.0, cpu_s=0.45, driver_mib=1.0, written_mib=0.08),
+    "transcribe": Cost(start_cpu_s=4.0, cpu_s=20.4, driver_mib=30.0, written_mib=3.0),
+    "split": Cost(start_cpu_s=0.0, cpu_s=0.92, driver_mib=35.0, written_mib=17.0),
 }
+DRIVER_START_MIB = 180.0
 # Scoring: `python benchmarks/overlap.py --ray 1000000`, two cores, 95 s for a million pairs.
 SCORE_CPU_S_PER_1000_PAIRS = 0.19
 # Training: `python benchmarks/gpu_step.py`, an 8B model, LoRA of rank 8, bf16; docs/finetuning.md.
@@ -113,9 +100,9 @@ def cpu_seconds(stage: str, dialogues: float) -> float:
     return cost.start_cpu_s + cost.cpu_s * dialogues / 1000
 
 
-def driver_gib(dialogues: float) -> float:
-    """Memory of the driver at its fullest: the stages that hold all rows there."""
-    return max(cost.driver_mib for cost in DATA.values()) * dialogues / 1000 / 1024
+def driver_mib(dialogues: float) -> float:
+    """Memory of the driver of a whole pipeline: what one stage held is not given back."""
+    return DRIVER_START_MIB + sum(cost.driver_mib for cost in DATA.values()) * dialogues / 1000
 
 
 def _data(name: str, dialogues: int, assumed: Assumed, cores: int | None = None) -> Stage:
@@ -169,120 +156,9 @@ def _score(assumed: Assumed) -> Stage:
     return Stage("score", cpu, cpu, usd=cpu / 3600 * assumed.cpu_hour, bound_by="start-up")
 
 
-# --- measuring -----------------------------------------------------------------------------------
-
-
-class Meter:
-    """CPU seconds of this process and its descendants, and this process's most memory."""
-
-    def __init__(self) -> None:
-        self._me = psutil.Process()
-        self._seen: dict[tuple[int, float], float] = {}
-        self._lock = threading.Lock()
-        self.peak = 0
-        threading.Thread(target=self._tick, daemon=True).start()
-
-    def cpu_s(self) -> float:
-        self._look()
-        with self._lock:
-            return sum(self._seen.values())
-
-    def _tick(self) -> None:
-        while True:
-            self._look()
-            time.sleep(0.3)
-
-    def _look(self) -> None:
-        with self._lock:
-            self.peak = max(self.peak, self._me.memory_info().rss)
-            for process in [self._me, *self._me.children(recursive=True)]:
-                try:
-                    # The simulated teacher is not part of the run.
-                    if "llm_server.py" in " ".join(process.cmdline()):
-                        continue
-                    times = process.cpu_times()
-                    self._seen[process.pid, process.create_time()] = times.user + times.system
-                except psutil.Error:
-                    continue
-
-
-def measure(scale: int, meter: Meter, folder: Path) -> dict[str, Any]:
-    """Ingest, curate, transcribe and split of so many times the samples' dialogues."""
-    from milm_ray.config import Config
-    from milm_ray.corpora.ingest import STAGE as INGEST
-    from milm_ray.dataset.curate import STAGE as CURATE
-    from milm_ray.dataset.split import STAGE as SPLIT
-    from milm_ray.dataset.transcribe import STAGE as TRANSCRIBE
-    from milm_ray.job import connect
-    from milm_ray.workspace import Workspace
-    from tests.llm_server_process import KEY, ServerProcess
-
-    raw, home = folder / "raw", folder / "run"
-    corpus(raw, SAMPLES * scale)
-    with ServerProcess(folder / "asked.jsonl", latency=0.5, jitter=0.25) as server:
-        llm = {"model": "teacher", "base_url": server.url, "api_key_env": "CAPACITY_KEY"}
-        config = Config.model_validate(
-            {
-                "workspace": str(home),
-                "ray": {"num_cpus": 2},
-                "ingest": {"corpora": {"smilechat": {"path": str(raw)}}},
-                "judge": {**llm, "concurrency": 64},
-                "curate": {"select": 1},
-                "teacher": {**llm, "concurrency": 64},
-            }
-        )
-        os.environ["CAPACITY_KEY"] = KEY
-        connect(config)
-        workspace = Workspace.open(str(home))
-        stages: dict[str, dict[str, float]] = {}
-        for stage in (INGEST, CURATE, TRANSCRIBE, SPLIT):
-            before, began, written = meter.cpu_s(), time.time(), size_of(home)
-            meter.peak = 0
-            manifest = stage.run(config, workspace)
-            stages[stage.name] = {
-                "cpu_s": round(meter.cpu_s() - before, 2),
-                "wall_s": round(time.time() - began, 2),
-                "written_mib": round((size_of(home) - written) / 2**20, 2),
-                "driver_mib": round(meter.peak / 2**20, 1),
-                "calls": manifest.get("usage", {}).get("replies", 0),
-            }
-            print(f"{SAMPLES * scale:,} dialogues, {stage.name}: {stages[stage.name]}", flush=True)
-    return {"dialogues": SAMPLES * scale, "stages": stages}
-
-
 def kept() -> list[dict[str, Any]]:
+    """The runs of benchmarks/capacity_runs.py, smallest first."""
     return json.loads(RUNS.read_text(encoding="utf-8")) if RUNS.exists() else []
-
-
-def keep(run: dict[str, Any]) -> None:
-    """Put a run in the place of an earlier one of its size."""
-    runs = [*(r for r in kept() if r["dialogues"] != run["dialogues"]), run]
-    runs.sort(key=lambda r: r["dialogues"])
-    RUNS.write_text(json.dumps(runs, indent=1) + "\n", encoding="utf-8")
-
-
-def corpus(folder: Path, dialogues: int) -> None:
-    """SmileChat's layout: turns of the samples put together anew, so that no two are alike."""
-    pools: dict[str, list[str]] = {"client": [], "counselor": []}
-    for file in sorted((ROOT / "milm_ray/samples/SmileChat/data").glob("*.json")):
-        for turn in json.loads(file.read_text(encoding="utf-8")):
-            pools[turn["role"]].append(turn["content"])
-    pick = random.Random(7)
-    folder.mkdir(parents=True)
-    for number in range(dialogues):
-        turns = [
-            {"role": role, "content": pick.choice(pools[role])}
-            for _ in range(pick.randint(7, 12))
-            for role in ("client", "counselor")
-        ]
-        turns[0]["content"] += f"（{number}）"
-        (folder / f"{number}.json").write_text(
-            json.dumps(turns, ensure_ascii=False), encoding="utf-8"
-        )
-
-
-def size_of(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 # --- showing -------------------------------------------------------------------------------------
@@ -311,7 +187,7 @@ def show(assumed: Assumed) -> None:
         print(
             f"| {dialogues:,} | {hours(asked.wall_s)} ({asked.bound_by}), ${asked.usd:,.0f} | "
             + " | ".join(cells)
-            + f" | {driver_gib(dialogues):.1f} GiB |"
+            + f" | {driver_mib(dialogues) / 1024:.1f} GiB |"
         )
 
 
@@ -322,7 +198,7 @@ def hours(seconds: float) -> str:
 
 
 def compare(runs: list[dict[str, Any]]) -> None:
-    """Measured and predicted CPU seconds as a Markdown table."""
+    """What was measured, and in brackets what is predicted, as a Markdown table."""
     print("| stage | " + " | ".join(f"{run['dialogues']:,} dialogues" for run in runs) + " |")
     print("|---|" + "--:|" * len(runs))
     for name in DATA:
@@ -330,8 +206,15 @@ def compare(runs: list[dict[str, Any]]) -> None:
             f"{run['stages'][name]['cpu_s']:.0f} ({cpu_seconds(name, run['dialogues']):.0f})"
             for run in runs
         ]
-        print(f"| {name} | " + " | ".join(cells) + " |")
-    print()
+        print(f"| {name}, CPU s | " + " | ".join(cells) + " |")
+    held = [run["stages"]["split"]["driver_mib"] for run in runs]
+    cells = [
+        f"{mib:.0f} ({driver_mib(run['dialogues']):.0f})"
+        for mib, run in zip(held, runs, strict=True)
+    ]
+    print("| driver, MiB | " + " | ".join(cells) + " |")
+    most = [max(stage["worker_mib"] for stage in run["stages"].values()) for run in runs]
+    print("| largest worker, MiB | " + " | ".join(f"{mib:.0f}" for mib in most) + " |\n")
 
 
 def figure(runs: list[dict[str, Any]], target: Path) -> None:
@@ -377,19 +260,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--measure", type=int, nargs="+", metavar="SCALE", default=[])
     parser.add_argument("--figure", type=Path)
     for field in fields(Assumed):
         parser.add_argument(
             f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default
         )
     options = parser.parse_args()
-    if options.measure:
-        meter = Meter()
-        for scale in options.measure:
-            with tempfile.TemporaryDirectory() as folder:
-                run = measure(scale, meter, Path(folder))
-            keep(run)
     runs = kept()
     assumed = Assumed(**{name: getattr(options, name) for name in asdict(Assumed())})
     compare(runs)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,12 @@ class ModelReplica:
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, model: dict[str, Any], adapters_root: str | None
     ) -> None:
+        self._args = ModelArgs.model_validate(model)
+        if self._args.num_gpus == 0:
+            # vLLM logs that there is no Triton while it is imported, before any level is set.
+            logging.getLogger("vllm.triton_utils.importing").setLevel(logging.ERROR)
         from ray.serve.llm import LLMConfig, LLMServer
 
-        self._args = ModelArgs.model_validate(model)
         await asyncio.to_thread(_prepare, self._args)
         self._store = AdapterStore(adapters_root) if adapters_root is not None else None
         self._adapters: dict[str, _Loaded] = {}

@@ -23,6 +23,13 @@ def test_what_was_measured_is_what_is_predicted(run: dict, stage: str) -> None:
     assert capacity.cpu_seconds(stage, run["dialogues"]) == pytest.approx(measured, rel=0.3, abs=4)
 
 
+@pytest.mark.parametrize("run", RUNS, ids=lambda run: f"{run['dialogues']}")
+def test_the_drivers_memory_grows_as_predicted_and_no_workers_does(run: dict) -> None:
+    held = run["stages"]["split"]["driver_mib"]  # the last stage: what the others held is in it
+    assert capacity.driver_mib(run["dialogues"]) == pytest.approx(held, rel=0.3)
+    assert all(stage["worker_mib"] < 200 for stage in run["stages"].values())
+
+
 def test_more_dialogues_take_longer_and_more_gpus_never_do() -> None:
     sizes = (2_040, 20_400, 1_000_000)
     for gpus in (1, 3, 8, 64):
