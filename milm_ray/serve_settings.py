@@ -88,10 +88,10 @@ class SafetyConfig(Section):
         180, ge=1, description="a help line checked longer ago is reported as stale at start-up"
     )
     classifier_medium: float = Field(
-        0.85, gt=0, le=1, description="the classifier's P(risk) from which a turn is medium"
+        0.80, gt=0, le=1, description="the classifier's P(risk) from which a turn is medium"
     )
     classifier_high: float = Field(
-        0.70, gt=0, le=1, description="the classifier's P(high risk) from which a turn is high"
+        0.50, gt=0, le=1, description="the classifier's P(high risk) from which a turn is high"
     )
     log_text: bool = Field(
         False, description="put the client's words into the record of an intervention"

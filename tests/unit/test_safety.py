@@ -24,6 +24,8 @@ ITEMS = [
     .read_text(encoding="utf-8")
     .splitlines()
 ]
+# A held-out part whose errors were looked at joins the tune part and waits for the next one.
+SPLITS = sorted({item["split"] for item in ITEMS})
 RANK = {"none": 0, "medium": 1, "high": 2}
 KINDS = {
     *("direct", "indirect", "negated", "third_person", "idiom", "homophone", "split"),
@@ -63,7 +65,7 @@ def rate(split: str, level: str, record_property) -> float:
 
 def test_the_test_set_is_large_complete_and_its_parts_are_apart():
     assert len(ITEMS) >= 300
-    for split in ("tune", "held_out"):
+    for split in SPLITS:
         assert {item["kind"] for item in ITEMS if item["split"] == split} >= KINDS
     assert len({item["id"] for item in ITEMS}) == len(ITEMS)
 
@@ -82,22 +84,24 @@ def test_the_test_set_is_large_complete_and_its_parts_are_apart():
 
 
 # The goal for unseen words is a recall of 0.98 and false alarms of at most 0.05. Both are out of
-# reach: of the 200 high-risk items of the held-out part, written apart and never tuned on, 157 are
-# found; and 24 of its 170 benign ones, most of them look-alikes, are taken for a risk (15 by the
-# rules). It was measured twice: at first 169 and 31; then a fault that had nothing to do with its
-# items was put right (a text of words not known was judged by the one that was), thresholds as they
-# were. The part is harder than those before it: the check as it was before the classifier's last
-# training found 67 of the same 200, with 25 false alarms. A part that was tuned on shows 0.98 and
-# more, which says nothing about new words. The bounds stand a little beside the figures. A change
-# that moves one for the worse has to be argued for here.
-@pytest.mark.parametrize(("split", "floor"), [("tune", 0.98), ("held_out", 0.77)])
-def test_recall_on_high_risk(split, floor, record_property):
-    assert rate(split, "high", record_property) >= floor
+# reach. With a writer's texts left out of the training, that writer's high-risk texts are found in
+# 0.75 to 0.97 of the cases, and 0.09 to 0.14 of the benign ones, all look-alikes, are taken for a
+# risk: the fourth part, of 400 items, gave 0.97 and 0.13 that way, but the writers had been told
+# what was missed in it. Before the last training it gave, unseen, 0.79 and 0.14. A part that was
+# tuned on shows 0.98 and more, which says nothing about new words. The bounds of a held-out part
+# stand a little beside its figures; a change that moves one for the worse is argued for here.
+RECALL = {"tune": 0.98, "held_out": 0.80}
+FALSE_ALARMS = {"tune": 0.05, "held_out": 0.15}
 
 
-@pytest.mark.parametrize(("split", "ceiling"), [("tune", 0.05), ("held_out", 0.16)])
-def test_false_alarms_on_benign(split, ceiling, record_property):
-    assert 1 - rate(split, "none", record_property) <= ceiling
+@pytest.mark.parametrize("split", SPLITS)
+def test_recall_on_high_risk(split, record_property):
+    assert rate(split, "high", record_property) >= RECALL[split]
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_false_alarms_on_benign(split, record_property):
+    assert 1 - rate(split, "none", record_property) <= FALSE_ALARMS[split]
 
 
 @pytest.mark.parametrize("kind", sorted({item["kind"] for item in ITEMS}))

@@ -32,19 +32,27 @@ class Opinion:
     category: Category
 
 
-def features(text: str) -> np.ndarray:
+def features(text: str, answer: str = "") -> np.ndarray:
     """The keys, ascending, uint32 [n], of what a normalised text is made of.
 
     Character 1- to 3-grams; of words in Latin letters, whose letters alone say nothing, the
-    words and their pairs instead. A key is the CRC-32 of its gram.
+    words and their pairs instead. `answer`, the last of several turns that `text` joins, counts
+    once more and apart: what it says settles what the others meant. A key is the CRC-32 of its
+    gram.
     """
-    text = text[:LONGEST]
+    grams = _grams(text)
+    if answer:
+        grams |= {f"A{gram}" for gram in _grams(answer)}
+    hashed = {zlib.crc32(gram.encode("utf-8", "replace")) for gram in grams}
+    return np.asarray(sorted(hashed), np.uint32)
+
+
+def _grams(text: str) -> set[str]:
+    text = text[-LONGEST:]
     words = _WORD.findall(text)
     grams = {*words, *(f"{first} {second}" for first, second in itertools.pairwise(words))}
     text = f"^{_WORD.sub('_', text)}$"
-    grams |= {text[i : i + n] for n in _ORDERS for i in range(len(text) - n + 1)}
-    hashed = {zlib.crc32(gram.encode("utf-8", "replace")) for gram in grams}
-    return np.asarray(sorted(hashed), np.uint32)
+    return grams | {text[i : i + n] for n in _ORDERS for i in range(len(text) - n + 1)}
 
 
 def length(squares: Any, strange: Any, rarity: np.ndarray) -> Any:
@@ -69,9 +77,9 @@ class Classifier:
         if self._weights.shape != (len(self._keys), 2 + len(CATEGORIES)):
             raise ValueError("weights.npz does not fit this version: run the training again")
 
-    def judge(self, text: str) -> Opinion:
-        """What the classifier makes of one normalised text."""
-        keys = features(text)
+    def judge(self, text: str, answer: str = "") -> Opinion:
+        """What the classifier makes of one normalised text (see `features`)."""
+        keys = features(text, answer)
         at = np.minimum(np.searchsorted(self._keys, keys), len(self._keys) - 1)
         at = at[self._keys[at] == keys]
         values = self._rarity[at]

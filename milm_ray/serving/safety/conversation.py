@@ -17,21 +17,36 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Literal, TypeVar
 
 from milm_ray.errors import UserError
-from milm_ray.serving.safety.classifier import LONGEST, classifier
+from milm_ray.serving.safety.classifier import LONGEST, Opinion, classifier
 from milm_ray.serving.safety.config import CATEGORIES, Category, SafetyConfig
 from milm_ray.serving.safety.normalize import BREAK, normalize
-from milm_ray.serving.safety.rules import HIGH, MEDIUM, SIGNAL, Hit, Scan, joins, rule_book
+from milm_ray.serving.safety.rules import (
+    HIGH,
+    MEDIUM,
+    SIGNAL,
+    Hit,
+    Scan,
+    clause_span,
+    joins,
+    rule_book,
+)
 
+_Known = TypeVar("_Known")
 Level = Literal["none", "medium", "high"]
 _NAMES: dict[int, Level] = {SIGNAL: "none", MEDIUM: "medium", HIGH: "high"}
 _WINDOW = 2000  # characters of a turn scanned at a time, with an overlap of a tenth
 _REMEMBERED = 4096
 _SHORTEST = 6  # characters that the classifier needs to have an opinion; a Latin word is two
+TOGETHER = 3  # client turns that the classifier reads as one text
+_PASSAGE = 25  # characters of a passage of a longer text
+_AROUND = 20  # characters on both sides of a match's clause that the classifier is asked about
+_RULE_ODDS = 2.0  # how much a rule that errs raises the classifier's odds
 _LATIN = re.compile("[a-z]+")
 # Shown first when levels are equal: what can kill soonest, and is not covered by the other.
 _ORDER = {category: rank for rank, category in enumerate(CATEGORIES)}
@@ -78,11 +93,19 @@ def assess(history: Sequence[Mapping[str, Any]], config: SafetyConfig | None = N
     found = _Found()
     client = [index for index, (role, _) in enumerate(texts) if role == "client"]
     for index in client:
-        _add(found, index, _scan(texts[index][1], config))
+        text = texts[index][1]
+        scan, opinion = _read(text)
+        _add(found, index, _weighed(scan, opinion, text, config))
     _add_answers(found, texts)
-    for joined in joins([texts[index][1] for index in client]):
-        scan = _scan(joined, config)
-        found.hits += [(client[-1], hit) for hit in scan.hits if hit.level == HIGH]
+    said = [texts[index][1] for index in client]
+    for last in range(1, len(said)):
+        joined = BREAK.join(said[max(0, last + 1 - TOGETHER) : last + 1])
+        opinion = _remembered(joined, said[last], partial(_opinion, joined, said[last]))
+        found.hits += [(client[last], hit) for hit in _alarm(opinion, len(joined), config)]
+    for joined in joins(said):
+        scan = _read(joined)[0]
+        hits = [hit for hit in scan.hits if _stands(hit, joined, config) == HIGH]
+        found.hits += [(client[-1], hit) for hit in hits]
     if client:
         found.hits += [(client[-1], hit) for hit in rule_book().combined(found.signals)]
     return _conclude(found)
@@ -108,56 +131,107 @@ def _turn(index: int, turn: Any) -> tuple[str, str]:
 
 
 _DEFAULT = SafetyConfig()
-_memory: OrderedDict[bytes, tuple[Scan, float, float, Category]] = OrderedDict()
+_memory: OrderedDict[bytes, Any] = OrderedDict()
 
 
-def _scan(text: str, config: SafetyConfig) -> Scan:
-    """Rules on one text, joined by the classifier where it sees more than they do.
-
-    Remembered by digest, so that a growing history costs its newest turn only and no client's
-    words stay in memory.
-    """
-    key = hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=16).digest()
-    known = _memory.get(key)
-    if known is None:
-        hits: list[Hit] = []
-        signals: set[str] = set()
-        rest: list[str] = []
-        risk, high = 0.0, 0.0
-        category: Category = CATEGORIES[0]
-        for window in _windows(text, _WINDOW):
-            scan = rule_book().scan(window)
-            hits += scan.hits
-            signals |= scan.signals
-            # A denial or figure of speech was understood: the rest may say something else.
-            rest += [clause for clause in scan.unexplained.split(BREAK) if "〇" not in clause]
-        unexplained = BREAK.join(rest)
-        if len(_LATIN.sub("__", unexplained)) >= _SHORTEST and not any(
-            hit.level == HIGH for hit in hits
-        ):
-            opinions = [classifier().judge(window) for window in _windows(unexplained, LONGEST)]
-            high = max(opinion.high for opinion in opinions)
-            riskiest = max(opinions, key=lambda opinion: opinion.risk)
-            risk, category = riskiest.risk, riskiest.category
-        known = (Scan(tuple(hits), frozenset(signals), ""), risk, high, category)
-        _memory[key] = known
+def _remembered(text: str, answer: str, read: Callable[[], _Known]) -> _Known:
+    """read(), kept by digest: a growing history costs its newest turn only, and no client's words
+    stay in memory. With an answer the key is another one: the text was joined from turns."""
+    written = "\n".join((text, answer)).encode("utf-8", "replace")
+    key = hashlib.blake2b(written, digest_size=16).digest()
+    if key not in _memory:
+        _memory[key] = read()
         if len(_memory) > _REMEMBERED:
             _memory.popitem(last=False)
-    scan, risk, high, category = known
-    if high >= config.classifier_high:
-        level = HIGH
-    elif risk >= config.classifier_medium:
-        level = MEDIUM
-    else:
-        return scan
-    if any(hit.level >= level for hit in scan.hits):
-        return scan
-    return Scan((*scan.hits, Hit("classifier", category, level, 0, len(text))), scan.signals, "")
+    known: _Known = _memory[key]
+    return known
+
+
+def _read(text: str) -> tuple[Scan, Opinion]:
+    """What rules and classifier make of one text, before they are weighed against each other."""
+    return _remembered(text, "", lambda: (_scan(text), _opinion(text)))
+
+
+def _scan(text: str) -> Scan:
+    hits: list[Hit] = []
+    signals: set[str] = set()
+    size = _WINDOW - _WINDOW // 10
+    for number, window in enumerate(_windows(text, _WINDOW)):
+        scan = rule_book().scan(window)
+        at = number * size
+        hits += [replace(hit, start=hit.start + at, end=hit.end + at) for hit in scan.hits]
+        signals |= scan.signals
+    return Scan(tuple(hits), frozenset(signals))
+
+
+def _opinion(text: str, answer: str = "") -> Opinion:
+    """The gravest opinion on a text and its passages, since a long story drowns one sentence.
+
+    Of a text too short to judge: that all is well.
+    """
+    if len(_LATIN.sub("__", text)) < _SHORTEST:
+        return Opinion(0.0, 0.0, CATEGORIES[0])
+    opinions = [classifier().judge(window, answer) for window in _windows(text, LONGEST)]
+    if len(text) > 2 * _PASSAGE and not answer:
+        opinions += [classifier().judge(passage) for passage in _passages(text)]
+    return max(opinions, key=lambda opinion: opinion.high)
+
+
+def _stands(hit: Hit, text: str, config: SafetyConfig) -> int:
+    """The level that a rule's hit keeps once the classifier was asked about the words around it.
+
+    A sure rule needs nobody's word. One that errs is evidence: it raises the classifier's odds.
+    """
+    if hit.sure or hit.level == SIGNAL:
+        return hit.level
+    start, end = clause_span(text, hit.start, hit.end)
+    around = text[max(0, start - _AROUND) : end + _AROUND]
+    opinions = [classifier().judge(words) for words in dict.fromkeys((text[start:end], around))]
+    if hit.level == HIGH and _raised(max(o.high for o in opinions)) >= config.classifier_high:
+        return HIGH
+    risk = _raised(max(o.risk for o in opinions))
+    return MEDIUM if risk >= config.classifier_medium else SIGNAL
+
+
+def _raised(probability: float) -> float:
+    odds = _RULE_ODDS * probability / max(1 - probability, 1e-9)
+    return odds / (1 + odds)
+
+
+def _weighed(scan: Scan, opinion: Opinion, text: str, config: SafetyConfig) -> Scan:
+    hits = [replace(hit, level=_stands(hit, text, config)) for hit in scan.hits]
+    worst = max((hit.level for hit in hits), default=SIGNAL)
+    hits += [hit for hit in _alarm(opinion, len(text), config) if hit.level > worst]
+    return Scan(tuple(hits), scan.signals)
+
+
+def _alarm(opinion: Opinion, length: int, config: SafetyConfig) -> list[Hit]:
+    """The classifier's own hit, where it is sure enough."""
+    if opinion.high >= config.classifier_high:
+        return [Hit("classifier", opinion.category, HIGH, 0, length)]
+    if opinion.risk >= config.classifier_medium:
+        return [Hit("classifier", opinion.category, MEDIUM, 0, length)]
+    return []
 
 
 def _windows(text: str, size: int) -> list[str]:
     """`text` in pieces of `size` characters that overlap by a tenth."""
     return [text[at : at + size] for at in range(0, max(len(text), 1), size - size // 10)]
+
+
+def _passages(text: str) -> list[str]:
+    """From each clause on, whole clauses of _PASSAGE characters together or a little more."""
+    clauses = text.split(BREAK)
+    passages = []
+    for first in range(len(clauses)):
+        last, size = first, len(clauses[first])
+        while size < _PASSAGE and last + 1 < len(clauses):
+            last += 1
+            size += len(clauses[last])
+        passages.append(BREAK.join(clauses[first : last + 1]))
+        if last + 1 == len(clauses):
+            break
+    return list(dict.fromkeys(passages))
 
 
 def _add(found: _Found, index: int, scan: Scan) -> None:

@@ -33,25 +33,25 @@ _SPLIT_REACH = 4  # client turns that an unfinished one ("我想") may be finish
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """One rule found true. `level` is after context; `end` is its place in the scanned text."""
+    """One rule found true: its level after context, its place in the scanned text.
+
+    `sure`: it holds by itself; otherwise the classifier has a say (conversation.py).
+    """
 
     rule: str
     category: Category
     level: int
     start: int
     end: int
+    sure: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class Scan:
-    """What one text says: hits, the signals in it, and the text with explained parts blanked.
-
-    `unexplained` is for the classifier: a denial or a film must not be counted a second time.
-    """
+    """What one text says: the rules' hits and the signals in it."""
 
     hits: tuple[Hit, ...]
     signals: frozenset[str]
-    unexplained: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +59,7 @@ class Rule:
     id: str
     category: Category
     level: int
+    sure: bool
     patterns: tuple[re.Pattern[str], ...]
     when: re.Pattern[str]
     about_anyone: bool
@@ -102,6 +103,7 @@ class RuleBook:
 
     def __init__(self, data: dict[str, Any]) -> None:
         self._lexicon = expand_lexicon(data["lexicon"])
+        self._sure = frozenset(data["sure"].split())
         self.rules = tuple(self._rule(entry) for entry in data["rules"])
         self.combos = tuple(
             Combo(c["id"], c["category"], _LEVELS[c["level"]], frozenset(c["needs"]))
@@ -130,6 +132,7 @@ class RuleBook:
             id=entry["id"],
             category=entry["category"],
             level=_LEVELS[entry["level"]],
+            sure=entry["id"] in self._sure,
             patterns=tuple(self._compile(p) for p in entry["match"]),
             when=self._compile(entry.get("when") or self._letters(entry["match"])),
             about_anyone=entry.get("subject", "self") == "any",
@@ -149,21 +152,17 @@ class RuleBook:
         """What one normalised text says, read alone."""
         text = self._idioms.sub(lambda m: "〇" * len(m.group()), text)
         story = self._context["fiction"].search(text) is not None
-        blanked = list(text)
         hits: list[Hit] = []
         for rule in self.rules:
             if not rule.when.search(text):
                 continue
             for match in itertools.chain.from_iterable(p.finditer(text) for p in rule.patterns):
                 hit = self._weigh(rule, match, text, story)
-                if hit is None:
-                    start, end = clause_span(text, match.start(), match.end())
-                    blanked[start:end] = "〇" * (end - start)
-                else:
+                if hit is not None:
                     hits.append(hit)
                     break  # the first that stands is enough; one more adds nothing
         signals = frozenset(name for name, p in self._signals.items() if p.search(text))
-        return Scan(tuple(hits), signals, "".join(blanked))
+        return Scan(tuple(hits), signals)
 
     def _weigh(self, rule: Rule, match: re.Match[str], text: str, story: bool) -> Hit | None:
         """The hit after its context, or None if the context explains it away."""
@@ -178,7 +177,7 @@ class RuleBook:
         if rule.negatable and self._is_denied(prefix, match.group(), suffix, text[end:]):
             return None
         if rule.level == SIGNAL:
-            return Hit(rule.id, rule.category, SIGNAL, start, end)
+            return Hit(rule.id, rule.category, SIGNAL, start, end, rule.sure)
         other = self._about_other(text, clause_start, prefix + match.group())
         if (
             story
@@ -191,7 +190,7 @@ class RuleBook:
             rule.past_lowers and self._is_over(text, clause_start, end)
         ):
             level = MEDIUM
-        return Hit(rule.id, rule.category, level, start, end)
+        return Hit(rule.id, rule.category, level, start, end, rule.sure)
 
     def _is_denied(self, prefix: str, matched: str, suffix: str, rest: str) -> bool:
         if self._ends_with(self._affirmed, prefix):

@@ -1,13 +1,12 @@
 """Train the classifier's weights: `python -m milm_ray.serving.safety.train --smilechat DIR`.
 
 Data: train.tsv and the tune part of the test set, both written for this project, and a fixed
-sample of the client turns of SmileChat (CC0; DIR holds its JSON files). The sample takes its label
-from the rules, counts little, and is there for what ordinary talk looks like: without it every
-second turn of it would be an alarm. Turns with a rule at medium are left out. The same data give
-the same weights.
+sample of the client turns of SmileChat (CC0; DIR holds its JSON files). The sample stands for
+ordinary talk; turns with an alarm by a rule are left out of it. Each turn of a benign conversation
+counts as benign on its own, too. The same data give the same weights.
 
 Features count by a power of their rarity, log(texts / texts with it): what is said is in the rare
-ones, and the common ones of a style would otherwise decide. Those of one text only are left out.
+ones, and the common ones of a style would otherwise decide.
 """
 
 from __future__ import annotations
@@ -18,106 +17,125 @@ import random
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from milm_ray.serving.safety.classifier import features, length
 from milm_ray.serving.safety.config import CATEGORIES
-from milm_ray.serving.safety.normalize import normalize
-from milm_ray.serving.safety.rules import HIGH, SIGNAL, rule_book
+from milm_ray.serving.safety.conversation import TOGETHER
+from milm_ray.serving.safety.normalize import BREAK, normalize
+from milm_ray.serving.safety.rules import SIGNAL, rule_book
 
 HERE = Path(__file__).parent
-_RARITY_POWER = 1.5
-_STRENGTH = 50.0  # C of the logistic regressions: the inverse of their L2 penalty
-_SMILECHAT_WEIGHT = 0.1
+_RARITY_POWER = 2.0
+_STRENGTH = 30.0  # C of the logistic regressions: the inverse of their L2 penalty
+_SMILECHAT_WEIGHT = 1.0
+_MEDIUM_WEIGHT = 0.5
+_TURN_WEIGHT = 0.5
+_LEAST = 0.02  # weight of a feature of one text that is worth its place
+_FEWEST = 3  # texts that a feature must be in for a say in which category it is
 
 
 class Example(NamedTuple):
-    """A normalised text, its class, whether it is high risk, and what it counts in the loss."""
+    """A normalised text, its class, whether it is high risk, what it counts in the loss, and the
+    last of the turns that the text joins, if it joins several."""
 
     text: str
     category: str
     high: bool
     weight: float = 1.0
+    answer: str = ""
 
 
 def written(path: Path = HERE / "train.tsv") -> Iterator[Example]:
-    """The lines of train.tsv."""
+    """The lines of train.tsv; a conversation is told as `C: … | K: … | C: …`."""
     for line in path.read_text(encoding="utf-8").splitlines():
         if line and not line.startswith("#"):
             label, category, text = line.split("\t")
-            yield Example(normalize(text), category, label == "high")
+            turns = [turn.strip() for turn in text.split("|")]
+            if len(turns) > 1 and turns[0][:2] in ("C:", "K:"):
+                client = [turn.removeprefix("C:").strip() for turn in turns if turn[:2] == "C:"]
+            else:
+                client = [text.removeprefix("C:").strip()]
+            yield from _examples(client, label, category)
 
 
 def tune_items(path: Path) -> Iterator[Example]:
-    """Items of the test set's tune part. The held-out part is never read.
-
-    Of several turns the client's count, joined as the check joins them.
-    """
+    """Items of the test set's tune part. The held-out part is never read."""
     for line in path.read_text(encoding="utf-8").splitlines():
         item = json.loads(line)
         if item["split"] == "tune":
-            turns = [turn["content"] for turn in item["history"] if turn["role"] == "client"]
-            text = "".join(normalize(turn) for turn in turns)
-            yield Example(text, item["category"], item["level"] == "high")
+            client = [turn["content"] for turn in item["history"] if turn["role"] == "client"]
+            yield from _examples(client, item["level"], item["category"])
+
+
+def _examples(client: list[str], label: str, category: str) -> Iterator[Example]:
+    """The client's turns of one history as the check reads them: the last ones joined."""
+    turns = [normalize(turn) for turn in client][-TOGETHER:]
+    weight = _MEDIUM_WEIGHT if label == "medium" else 1.0
+    answer = turns[-1] if len(turns) > 1 else ""
+    yield Example(BREAK.join(turns), category, label == "high", weight, answer)
+    if label == "none" and answer:
+        yield from (Example(turn, category, False, _TURN_WEIGHT) for turn in turns)
 
 
 def smilechat(directory: Path, dialogues: int, seed: int) -> Iterator[Example]:
-    """Client turns of a sample of SmileChat, labelled by the rules."""
+    """Client turns of a sample of SmileChat in which no rule sees a risk."""
     files = sorted(directory.glob("*.json"), key=lambda path: int(path.stem))
     for path in random.Random(seed).sample(files, min(dialogues, len(files))):
         for turn in json.loads(path.read_text(encoding="utf-8")):
-            if turn["role"] != "client":
-                continue
-            text = normalize(turn["content"])
-            alarms = [hit for hit in rule_book().scan(text).hits if hit.level > SIGNAL]
-            if not alarms:
+            text = normalize(turn["content"]) if turn["role"] == "client" else ""
+            if text and all(hit.level == SIGNAL for hit in rule_book().scan(text).hits):
                 yield Example(text, "none", False, _SMILECHAT_WEIGHT)
-            elif any(hit.level == HIGH for hit in alarms):
-                worst = max(alarms, key=lambda hit: hit.level)
-                yield Example(text, worst.category, True, _SMILECHAT_WEIGHT)
 
 
 def train(examples: list[Example]) -> dict[str, np.ndarray]:
-    """The arrays of weights.npz: three logistic regressions on the same features."""
+    """The arrays of weights.npz: logistic regressions on the same features."""
     from scipy.sparse import csr_matrix, diags
     from sklearn.linear_model import LogisticRegression
 
-    rows = [features(example.text) for example in examples]
-    keys, texts_with = np.unique(np.concatenate(rows), return_counts=True)
-    keys, texts_with = keys[texts_with > 1], texts_with[texts_with > 1]
-    rarity = np.log((len(rows) + 1) / (texts_with + 1)) ** _RARITY_POWER
-    sizes = np.array([len(row) for row in rows])
+    rows = [features(example.text, example.answer) for example in examples]
     every = np.concatenate(rows)
-    at = np.minimum(np.searchsorted(keys, every), len(keys) - 1)
-    known = keys[at] == every
-    text_of = np.repeat(np.arange(len(rows)), sizes)[known]
-    counts = csr_matrix((rarity[at[known]], (text_of, at[known])), (len(rows), len(keys)))
-    strange = sizes - np.bincount(text_of, minlength=len(rows))
-    matrix = diags(1 / length(counts.multiply(counts).sum(1).A1, strange, rarity)) @ counts
+    keys, column, texts_with = np.unique(every, return_inverse=True, return_counts=True)
+    rarity = np.log((len(rows) + 1) / (texts_with + 1)) ** _RARITY_POWER
+    ends = np.cumsum([0, *(len(row) for row in rows)])
+    counts = csr_matrix((rarity[column], column, ends), (len(rows), len(keys)))
+    squares = np.asarray(counts.multiply(counts).sum(1)).ravel()
+    matrix = (diags(1 / length(squares, 0, rarity)) @ counts).tocsr()
     weights = np.array([example.weight for example in examples])
 
-    def fit(labels: np.ndarray, chosen: np.ndarray | slice = slice(None)) -> LogisticRegression:
-        # A hundred steps end a little short of convergence, which scikit-learn warns of.
-        model = LogisticRegression(C=_STRENGTH, max_iter=100)
-        return model.fit(matrix[chosen], labels[chosen], weights[chosen])
+    def fit(labels: np.ndarray, chosen: np.ndarray | slice = slice(None)) -> tuple[Any, float]:
+        model = LogisticRegression(
+            C=_STRENGTH,
+            solver="liblinear",
+            dual=True,
+            tol=1e-2,
+            max_iter=1000,
+            intercept_scaling=3.0,
+            random_state=0,
+        )
+        model.fit(matrix[chosen], labels[chosen], weights[chosen])
+        return model.coef_[0], float(model.intercept_[0])
 
     classes = np.array([example.category for example in examples])
-    risk = fit(classes != "none")
-    high = fit(np.array([example.high for example in examples]))
-    # Which risk it is learns from the written lines at risk alone.
-    category = fit(
-        np.array([CATEGORIES.index(c) if c != "none" else -1 for c in classes]),
-        np.flatnonzero((classes != "none") & (weights == 1)),
-    )
+    # Which risk it is learns from texts at risk alone, one category against the others.
+    risky = np.flatnonzero(classes != "none")
+    fits = [
+        fit(classes != "none"),
+        fit(np.array([example.high for example in examples])),
+        *(fit(classes == category, risky) for category in CATEGORIES),
+    ]
+    coefficients = np.stack([coefficient for coefficient, _ in fits], axis=1)
+    coefficients[texts_with < _FEWEST, 2:] = 0
+    # Of features of one text alone only those that weigh something: to leave one out changes no
+    # length, since a feature not known counts as one of the rarest.
+    kept = (texts_with > 1) | (np.abs(coefficients[:, :2]).max(1) > _LEAST)
     return {
-        "keys": keys,
-        "rarity": rarity.astype(np.float32),
-        "weights": np.vstack([risk.coef_, high.coef_, category.coef_]).T.astype(np.float16),
-        "bias": np.hstack([risk.intercept_, high.intercept_, category.intercept_]).astype(
-            np.float32
-        ),
+        "keys": keys[kept],
+        "rarity": rarity[kept].astype(np.float32),
+        "weights": coefficients[kept].astype(np.float16),
+        "bias": np.array([bias for _, bias in fits], np.float32),
     }
 
 
