@@ -5,9 +5,12 @@
 DIR holds CPsyCounD's case_N.txt. PYTHON is the interpreter of a virtual environment with
 llamafactory 0.9.5 (docs/finetuning.md says how to make one on a machine without a GPU); without it
 only TRL is the peer. A randomly initialised Llama of 6 M weights is tuned for one epoch on the
-first 240 dialogues that fit into 1,024 tokens: LoRA of rank 8 on every linear layer, batch 1 x
-accumulation 8, fp32, gradient checkpointing off. All sides start from one adapter and see the
-dialogues in one order; they take turns (A B C A B C), and each one's median counts. Times are of
+first 240 dialogues that fit into 1,024 tokens: LoRA of rank 8 on every linear layer, 8 dialogues an
+optimizer step, fp32, gradient checkpointing off. Ours are two workers of one thread, as
+finetune.workers_per_model makes them; TRL and LLaMA-Factory are one process of two threads, as they
+come, and LLaMA-Factory once more under torchrun as two of one (llamafactory-ddp). All sides start
+from one adapter and take the same dialogues in every step; they take turns (A B C A B C), and each
+one's median counts. Times are of
 the training loop alone, without imports and tokenising; on a machine that does other work too, read
 the ratio by CPU seconds. The floor is the floating point operations that the step cannot do
 without, over the matmul rate measured in the same run.
@@ -28,6 +31,7 @@ from typing import Any
 
 from flop import TARGETS, matmul_rate, needed_flop
 
+CORES = 2
 DIALOGUES, CUTOFF, SEED = 240, 1024, 7
 RATE, ACCUMULATION, RANK, ALPHA, WARMUP = 1e-4, 8, 8, 16, 0.1
 TOKENIZER = Path(__file__).parent.parent / "milm_ray" / "samples" / "models" / "tiny-llama3"
@@ -35,7 +39,7 @@ TOKENIZER = Path(__file__).parent.parent / "milm_ray" / "samples" / "models" / "
 LOSS_NOISE = 2e-3
 
 
-def prepare(work: Path, corpus: Path, pack_tokens: int, threads: int) -> dict[str, Any]:
+def prepare(work: Path, corpus: Path, pack_tokens: int) -> dict[str, Any]:
     """Write base, first adapter and data into `work`; returns what is known of them."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -74,7 +78,6 @@ def prepare(work: Path, corpus: Path, pack_tokens: int, threads: int) -> dict[st
     facts = {
         "base": str(base),
         "pack_tokens": pack_tokens,
-        "threads": threads,
         "steps": DIALOGUES // ACCUMULATION,
         "weights": sum(p.numel() for p in model.parameters()),
         "tokens": sum(len(s.input_ids) for s in samples),
@@ -87,7 +90,7 @@ def prepare(work: Path, corpus: Path, pack_tokens: int, threads: int) -> dict[st
     return facts
 
 
-def settings(pack_tokens: int) -> Any:
+def settings(pack_tokens: int, workers: int = 1) -> Any:
     from milm_ray.config import FinetuneSection
 
     return FinetuneSection.model_validate(
@@ -95,7 +98,7 @@ def settings(pack_tokens: int) -> Any:
             "learning_rate": RATE,
             "epochs": 1,
             "warmup_ratio": WARMUP,
-            "gradient_accumulation": ACCUMULATION,
+            "gradient_accumulation": ACCUMULATION // workers,
             "precision": "fp32",
             "cutoff": CUTOFF,
             "pack_tokens": pack_tokens,
@@ -178,6 +181,11 @@ def write_peers_data(work: Path, rows: list[Any], samples: list[Any], facts: Any
         "report_to": "none",
     }
     (work / "llamafactory.yaml").write_text(json.dumps(arguments))
+    several = {"gradient_accumulation_steps": ACCUMULATION // CORES, "ddp_backend": "gloo"}
+    (work / "llamafactory-ddp.yaml").write_text(json.dumps({**arguments, **several}))
+    for side in ("llamafactory", "llamafactory-ddp"):
+        code = LLAMAFACTORY.replace("OUT", repr(str(work / f"{side}.json")))
+        (work / f"run_{side}.py").write_text(code)
 
 
 class Clock:
@@ -199,21 +207,23 @@ class Clock:
 
 
 def ours(work: Path) -> dict[str, Any]:
-    """The training loop that every worker runs, in one process without Ray."""
+    """The training loop that every worker runs, without Ray."""
     import torch
+    from torch import distributed
 
     from milm_ray.finetune import engine
     from milm_ray.finetune.train import Task, train
 
+    rank, workers = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     facts = json.loads((work / "facts.json").read_text())
-    torch.set_num_threads(facts["threads"])
+    torch.set_num_threads(1)
     rows = json.loads((work / "rows.json").read_text())
-    tuned = settings(facts["pack_tokens"])
+    tuned = settings(facts["pack_tokens"], workers)
     task = Task("bench", facts["base"], "bench", "llama3", TARGETS, tuned, SEED)
-    engine.single_process()
+    distributed.init_process_group("gloo")
     clock = engine.optimizer_step = Clock(engine.optimizer_step)  # type: ignore[assignment]
-    log = train(task, rows, rank=0, workers=1, save=lambda *_: None, say=lambda _: None)["log"]
-    return {**clock.figures(), "losses": [row["loss"] for row in log]}
+    log = train(task, rows, rank=rank, workers=workers, save=lambda *_: None, say=lambda _: None)
+    return {**clock.figures(), "losses": [row["loss"] for row in log["log"]]}
 
 
 def trl(work: Path) -> dict[str, Any]:
@@ -225,7 +235,7 @@ def trl(work: Path) -> dict[str, Any]:
     from trl import SFTConfig, SFTTrainer
 
     facts = json.loads((work / "facts.json").read_text())
-    torch.set_num_threads(facts["threads"])
+    torch.set_num_threads(CORES)
     base = AutoModelForCausalLM.from_pretrained(facts["base"], dtype=torch.float32)
     trainer = SFTTrainer(
         model=PeftModel.from_pretrained(base, work / "adapter", is_trainable=True),
@@ -258,10 +268,11 @@ def trl(work: Path) -> dict[str, Any]:
 
 
 SIDES = {"ours": ours, "trl": trl}
+NAMES = ("ours", "trl", "llamafactory", "llamafactory-ddp")
 
 # Runs in LLaMA-Factory's environment: its own command, the training loop timed.
 LLAMAFACTORY = """
-import json, sys, time
+import json, time
 from llamafactory.train.tuner import run_exp
 from transformers import Trainer
 
@@ -272,8 +283,9 @@ def train(self, *args, **kwargs):
     result = inner(self, *args, **kwargs)
     found = {"seconds": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
     found["losses"] = [float(row["loss"]) for row in self.state.log_history if "loss" in row]
-    with open(OUT, "w") as file:
-        json.dump(found, file)
+    if self.is_world_process_zero():
+        with open(OUT, "w") as file:
+            json.dump(found, file)
     return result
 
 Trainer.train = train
@@ -281,30 +293,41 @@ run_exp()
 """
 
 
-def run_side(side: str, work: Path, interpreter: Path | None, threads: int) -> dict[str, Any]:
-    """One epoch in a process of its own: its figures, and its peak memory in MiB."""
+def run_side(side: str, work: Path, interpreter: Path | None) -> dict[str, Any]:
+    """One epoch in processes of its own: its figures, and its peak memory in MiB.
+
+    Of several processes, CPU seconds and memory are taken to be those of the first times their
+    number.
+    """
+    several = side in ("ours", "llamafactory-ddp")
     environment = {
         **os.environ,
-        **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads)),
+        **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(1 if several else CORES)),
         # A thread that waits for another does not keep a core busy that others may be using.
         "OMP_WAIT_POLICY": "PASSIVE",
         **dict.fromkeys(("HF_HUB_OFFLINE", "DISABLE_VERSION_CHECK"), "1"),
         **{"DS_ACCELERATOR": "cpu", "TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore"},
         "HF_HUB_DISABLE_TELEMETRY": "1",
     }
-    command = [sys.executable, __file__, "--side", side, "--work", str(work)]
-    if side == "llamafactory":
+    command = [__file__, "--side", side, "--work", str(work)]
+    if side.startswith("llamafactory"):
         shutil.rmtree(work / "llamafactory-out", ignore_errors=True)
-        code = LLAMAFACTORY.replace("OUT", repr(str(work / "llamafactory.json")))
-        command = [str(interpreter), "-c", code, str(work / "llamafactory.yaml")]
+        command = [str(work / f"run_{side}.py"), str(work / f"{side}.yaml")]
+    if several:
+        torchrun = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={CORES}")
+        command = [*torchrun, *command]
+    python = str(interpreter) if side.startswith("llamafactory") else sys.executable
     log = work / f"{side}.log"
     with log.open("w") as output:
-        process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
+        process = subprocess.Popen(
+            [python, *command], env=environment, stdout=output, stderr=output
+        )
         _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise SystemExit(f"{side} failed; see {log}")
     found = json.loads((work / f"{side}.json").read_text())
-    return {**found, "peak": usage.ru_maxrss / 1024}
+    many = CORES if several else 1
+    return {**found, "cpu": found["cpu"] * many, "peak": usage.ru_maxrss / 1024 * many}
 
 
 def report(found: dict[str, list[dict[str, Any]]], facts: dict[str, Any], rate: float) -> None:
@@ -312,7 +335,7 @@ def report(found: dict[str, list[dict[str, Any]]], facts: dict[str, Any], rate: 
     losses = found["ours"][0]["losses"]
     names = ("dialogues/s", "tokens/s", "ours is", "CPU s", "by CPU", "MiB", "loss differs")
     widths = (12, 10, 9, 8, 9, 8, 14)
-    print(" " * 13 + "".join(f"{name:>{w}}" for name, w in zip(names, widths, strict=True)))
+    print(" " * 17 + "".join(f"{name:>{w}}" for name, w in zip(names, widths, strict=True)))
     for side, runs in found.items():
         seconds = [run["seconds"] for run in runs]
         middle = statistics.median(seconds)
@@ -326,7 +349,7 @@ def report(found: dict[str, list[dict[str, Any]]], facts: dict[str, Any], rate: 
         worst = max(abs(a - b) for run in runs for a, b in zip(run["losses"], losses, strict=True))
         cpu = statistics.median(run["cpu"] for run in runs)
         print(
-            f"{side:13}{DIALOGUES / middle:12.2f}{facts['tokens'] / middle:10,.0f}{ratio:8.2f}x"
+            f"{side:17}{DIALOGUES / middle:12.2f}{facts['tokens'] / middle:10,.0f}{ratio:8.2f}x"
             f"{cpu:8.1f}{by_cpu:8.2f}x{peak:8,.0f}{worst:14.1e}"
             f"   ({', '.join(f'{s:.1f}' for s in seconds)} s)"
         )
@@ -347,16 +370,16 @@ def main() -> int:
     parser.add_argument("--corpus", type=Path, help="CPsyCounD's folder of case_N.txt")
     parser.add_argument("--llamafactory", type=Path, help="python of LLaMA-Factory's environment")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--pack-tokens", type=int, default=1024, help="tokens per pass of ours")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--sides", nargs="+", default=["ours", "trl", "llamafactory"])
+    parser.add_argument("--pack-tokens", type=int, default=2048, help="tokens per pass of ours")
+    parser.add_argument("--sides", nargs="+", default=list(NAMES), choices=NAMES)
     parser.add_argument("--work", type=Path, default=Path("/tmp/milm_ray_bench_finetune"))
     parser.add_argument("--more", action="store_true", help="add to the rounds of the last call")
     parser.add_argument("--side", choices=sorted(SIDES), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.side:
         found = SIDES[options.side](options.work)
-        (options.work / f"{options.side}.json").write_text(json.dumps(found))
+        if int(os.environ.get("RANK", "0")) == 0:
+            (options.work / f"{options.side}.json").write_text(json.dumps(found))
         return 0
     if options.corpus is None:
         parser.error("--corpus is needed")
@@ -366,17 +389,17 @@ def main() -> int:
         facts = json.loads((options.work / "facts.json").read_text())
         found, rates = json.loads(kept.read_text())
     else:
-        facts = prepare(options.work, options.corpus, options.pack_tokens, options.threads)
+        facts = prepare(options.work, options.corpus, options.pack_tokens)
         found, rates = {}, []
     print(
         f"{DIALOGUES} dialogues, {facts['tokens']:,} tokens, {facts['labels']:,} labels, "
         f"{facts['steps']} optimizer steps, {facts['weights'] / 1e6:.1f} M weights"
     )
-    sides = [s for s in options.sides if s != "llamafactory" or options.llamafactory]
+    sides = [s for s in options.sides if s[:5] != "llama" or options.llamafactory]
     for _ in range(options.rounds):
         for side in sides:
-            rates.append(matmul_rate(facts["threads"]))
-            run = run_side(side, options.work, options.llamafactory, facts["threads"])
+            rates.append(matmul_rate(CORES))
+            run = run_side(side, options.work, options.llamafactory)
             found.setdefault(side, []).append(run)
     kept.write_text(json.dumps([found, rates]))
     report(found, facts, statistics.median(rates))

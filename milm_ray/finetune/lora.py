@@ -32,9 +32,9 @@ class LinearWithLora(Function):
         scale: float,
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        inner = rows @ down.T
+        inner = down @ rows.T
         out = rows @ weight.T if bias is None else torch.addmm(bias, rows, weight.T)
-        out.addmm_(inner, up.T, alpha=scale)
+        out.addmm_(inner.T, up.T, alpha=scale)
         ctx.save_for_backward(rows, inner, weight, down, up)
         ctx.scale, ctx.shape = scale, x.shape
         return out.view(*x.shape[:-1], -1)
@@ -45,12 +45,12 @@ class LinearWithLora(Function):
     ) -> tuple[Tensor | None, None, None, Tensor, Tensor, None]:
         rows, inner, weight, down, up = ctx.saved_tensors
         gradient = upstream.reshape(-1, upstream.shape[-1])
-        by_inner = (gradient @ up).mul_(ctx.scale)
+        by_inner = (up.T @ gradient.T).mul_(ctx.scale)
         by_x = None
         if ctx.needs_input_grad[0]:
-            by_x = (gradient @ weight).addmm_(by_inner, down).view(ctx.shape)
-        by_up = (gradient.T @ inner).mul_(ctx.scale)
-        return by_x, None, None, by_inner.T @ rows, by_up, None
+            by_x = (gradient @ weight).addmm_(by_inner.T, down).view(ctx.shape)
+        by_up = (inner @ gradient).mul_(ctx.scale).T
+        return by_x, None, None, by_inner @ rows, by_up, None
 
 
 def fuse(model: Any) -> int:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
+from milm_ray.finetune.last_layer import keep_label_places
+
 if TYPE_CHECKING:
     from milm_ray.finetune.packing import Pack
 
@@ -32,6 +34,7 @@ class PackedLoss(nn.Module):
         head = model.get_output_embeddings()
         if head.bias is not None or head.weight.requires_grad:
             raise TypeError("the head must be a frozen linear layer without bias")
+        self._ends_at_places = keep_label_places(model.get_base_model().model)
 
     def forward(
         self,
@@ -47,16 +50,23 @@ class PackedLoss(nn.Module):
         """
         tuned: Any = self.model
         causal = tuned.get_base_model()
+        labelled = len(places) > 0
+        if not labelled:
+            places = places.new_zeros(1)
+        ends = {"places": places} if self._ends_at_places else {}
         hidden = causal.model(
             input_ids=input_ids,
             position_ids=position_ids,
             sample_lengths=sample_lengths,
             use_cache=False,
+            **ends,
         ).last_hidden_state[0]
-        if not len(places):
+        if not labelled:
             return hidden.float().sum() * 0.0
+        if not ends:
+            hidden = hidden[places]
         # Where ZeRO 3 has divided the weight, reading it here gathers it until the pass is over.
-        return FrozenHeadLoss.apply(hidden[places], causal.lm_head.weight, targets)
+        return FrozenHeadLoss.apply(hidden, causal.lm_head.weight, targets)
 
 
 class FrozenHeadLoss(Function):
@@ -74,12 +84,14 @@ class FrozenHeadLoss(Function):
             rows = slice(start, start + HEAD_ROWS)
             logits = (hidden[rows] @ weight.T).float()
             chosen = targets[rows, None]
-            norms = torch.logsumexp(logits, 1, keepdim=True)
-            total += (norms - logits.gather(1, chosen)).sum()
+            logits.sub_(logits.amax(1, keepdim=True))
+            total -= logits.gather(1, chosen).sum()
+            sums = logits.exp_().sum(1, keepdim=True)
+            total += sums.log().sum()
             if not ctx.needs_input_grad[0]:
                 continue
-            residual = logits.sub_(norms).exp_()
-            residual.scatter_add_(1, chosen, torch.full_like(norms, -1.0))
+            residual = logits.div_(sums)
+            residual.scatter_add_(1, chosen, torch.full_like(sums, -1.0))
             gradient[rows] = residual.to(weight.dtype) @ weight
         ctx.save_for_backward(gradient)
         return total

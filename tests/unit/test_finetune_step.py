@@ -50,6 +50,23 @@ def glm():
     )
 
 
+def phi3():
+    """A decoder whose last layer is of no form that last_layer.py knows."""
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    return Phi3ForCausalLM(
+        Phi3Config(
+            vocab_size=VOCAB,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            pad_token_id=0,
+        )
+    )
+
+
 def samples(count=8, seed=3):
     draw = random.Random(seed)
     made = []
@@ -84,6 +101,7 @@ def gradients(model):
     [
         (llama, ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]),
         (glm, ["q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"]),
+        (phi3, ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]),
     ],
 )
 @pytest.mark.parametrize("capacity", [10**6, 100])
