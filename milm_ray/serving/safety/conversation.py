@@ -46,7 +46,7 @@ _SHORTEST = 6  # characters that the classifier needs to have an opinion; a Lati
 TOGETHER = 3  # client turns that the classifier reads as one text
 _PASSAGE = 25  # characters of a passage of a longer text
 _AROUND = 20  # characters on both sides of a match's clause that the classifier is asked about
-_RULE_ODDS = 2.0  # how much a rule that errs raises the classifier's odds
+_RULE_ODDS = 3.0  # how much a rule that errs raises the classifier's odds
 _LATIN = re.compile("[a-z]+")
 # Shown first when levels are equal: what can kill soonest, and is not covered by the other.
 _ORDER = {category: rank for rank, category in enumerate(CATEGORIES)}

@@ -2,8 +2,8 @@
 
 Data: train.tsv and the tune part of the test set, both written for this project, and a fixed
 sample of the client turns of SmileChat (CC0; DIR holds its JSON files). The sample stands for
-ordinary talk; turns with an alarm by a rule are left out of it. Each turn of a benign conversation
-counts as benign on its own, too. The same data give the same weights.
+ordinary talk. Each turn of a benign conversation counts as benign on its own, too. Turns with an
+alarm by a rule are left out of both. The same data give the same weights.
 
 Features count by a power of their rarity, log(texts / texts with it): what is said is in the rare
 ones, and the common ones of a style would otherwise decide.
@@ -77,7 +77,13 @@ def _examples(client: list[str], label: str, category: str) -> Iterator[Example]
     answer = turns[-1] if len(turns) > 1 else ""
     yield Example(BREAK.join(turns), category, label == "high", weight, answer)
     if label == "none" and answer:
-        yield from (Example(turn, category, False, _TURN_WEIGHT) for turn in turns)
+        calm = (turn for turn in turns if _calm(turn))
+        yield from (Example(turn, category, False, _TURN_WEIGHT) for turn in calm)
+
+
+def _calm(text: str) -> bool:
+    """Whether no rule sees a risk; "我想死" is one, though the next turn made it a typing error."""
+    return all(hit.level == SIGNAL for hit in rule_book().scan(text).hits)
 
 
 def smilechat(directory: Path, dialogues: int, seed: int) -> Iterator[Example]:
@@ -86,7 +92,7 @@ def smilechat(directory: Path, dialogues: int, seed: int) -> Iterator[Example]:
     for path in random.Random(seed).sample(files, min(dialogues, len(files))):
         for turn in json.loads(path.read_text(encoding="utf-8")):
             text = normalize(turn["content"]) if turn["role"] == "client" else ""
-            if text and all(hit.level == SIGNAL for hit in rule_book().scan(text).hits):
+            if text and _calm(text):
                 yield Example(text, "none", False, _SMILECHAT_WEIGHT)
 
 
