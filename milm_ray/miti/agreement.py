@@ -1,14 +1,14 @@
 """Agreement between coders, with intervals: ICC for scores, kappa and alpha for codes.
 
-Intervals resample whole clusters (dialogues), since the utterances of a dialogue are coded by the
-same people about the same client. Krippendorff's alpha is that of the `krippendorff` package; the
-ICCs (Shrout and Fleiss 1979; McGraw and Wong 1996) and the kappas (Cohen 1960, 1968; Fleiss 1971)
-are a few sums and are computed here, since a bootstrap asks for them thousands of times (a test
-holds Cohen's against scikit-learn).
+The figures are those of libraries: ICCs with their intervals of `pingouin`, kappas of
+`statsmodels`, alpha of the `krippendorff` package. What those leave open is done here: the
+intervals of kappa and alpha resample whole clusters (dialogues), since the utterances of a dialogue
+are coded by the same people about the same client, and an undefined figure has a reason.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -19,16 +19,19 @@ from numpy.typing import ArrayLike, NDArray
 from milm_ray.errors import UserError
 
 Level = Literal["nominal", "ordinal", "interval", "ratio"]
-Statistic = Callable[[NDArray[np.int64]], float]
+Statistic = Callable[[NDArray[np.int64]], float]  # the figure of the clusters drawn
 RESAMPLES = 1000
+_LEAST_SCORES = 5  # pingouin's ICC takes no fewer
+_HUGE = 1e6
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """An agreement figure with a 95 % percentile interval.
+    """An agreement figure with a 95 % interval.
 
-    value is None when it is undefined (reason says why); low and high are None when fewer than
-    half of the resamples define it. items are the rows that entered, clusters their dialogues.
+    value is None when it is undefined (reason says why); low and high are None when no interval
+    can be given: of an ICC without error or far below zero, of a kappa or alpha that fewer than
+    half of the resamples define. items are the rows that entered, clusters their dialogues.
     """
 
     value: float | None
@@ -39,29 +42,42 @@ class Agreement:
     reason: str = ""
 
 
-def icc(ratings: ArrayLike, *, resamples: int = RESAMPLES, seed: int = 0) -> dict[str, Agreement]:
+def icc(ratings: ArrayLike) -> dict[str, Agreement]:
     """ICC(2,1) under "single" and ICC(2,k) under "average": two-way random, absolute agreement.
 
     ratings: dialogues × coders; a dialogue that any coder left out (NaN) is not used. The first
-    is the reliability of one coder's score, the second that of the mean of all k.
+    is the reliability of one coder's score, the second that of the mean of all k (Shrout and
+    Fleiss 1979; ICC(A,1) and ICC(A,k) in McGraw and Wong 1996). Their intervals are analytic, from
+    F distributions (McGraw and Wong 1996, table 7): they allow for other coders as well as other
+    dialogues, which a resample of dialogues would not, and take scores as normal.
     Raises UserError for fewer than two coders.
     """
     table = np.asarray(ratings, float)
     if table.ndim != 2 or table.shape[1] < 2:
         raise UserError("agreement needs at least two coders", "have the dialogues coded again")
     table = table[~np.isnan(table).any(axis=1)]
-    every = np.arange(len(table))
+    n = len(table)
+    reason = ""
+    if n < 2 or table.size < _LEAST_SCORES:
+        reason = "too few dialogues"
+    elif np.ptp(table) == 0:
+        reason = "scores do not vary"
+    if reason:
+        undefined = Agreement(None, None, None, n, n, reason)
+        return {"single": undefined, "average": undefined}
+    import pandas as pd
+    import pingouin
 
-    def single(rows: NDArray[np.int64]) -> float:
-        return _icc(table[rows], 1)
-
-    def average(rows: NDArray[np.int64]) -> float:
-        return _icc(table[rows], table.shape[1])
-
-    flat = "scores do not vary"
+    pingouin.options["round.column.CI95"] = None  # else two digits
+    dialogue, coder = np.indices(table.shape)
+    long = pd.DataFrame(
+        {"dialogue": dialogue.ravel(), "coder": coder.ravel(), "score": table.ravel()}
+    )
+    with np.errstate(all="ignore"):  # no error variance: an infinite F
+        found = pingouin.intraclass_corr(long, "dialogue", "coder", "score").set_index("Type")
     return {
-        "single": _with_interval(single, every, resamples, seed, flat),
-        "average": _with_interval(average, every, resamples, seed, flat),
+        "single": _analytic(found.loc["ICC(A,1)"], n),
+        "average": _analytic(found.loc["ICC(A,k)"], n),
     }
 
 
@@ -74,25 +90,30 @@ def cohen_kappa(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Agreement:
-    """Cohen's kappa of two coders' labels of the same items; weighted for ordered labels."""
+    """Cohen's kappa of two coders' labels of the same items (1960).
+
+    weights: for ordered labels, how disagreement grows with the distance of two (1968).
+    """
     _same_length(len(first), second=len(second), clusters=len(clusters))
     names = sorted({*first, *second}, key=lambda label: (str(type(label)), label))
     position = {name: i for i, name in enumerate(names)}
     a = np.array([position[label] for label in first], np.int64)
     b = np.array([position[label] for label in second], np.int64)
 
-    places = np.arange(len(names))
-    apart = np.abs(places[:, None] - places)
-    cost = {None: (apart > 0).astype(float), "linear": apart, "quadratic": apart**2}[weights]
+    groups = _codes(clusters)
+    # How often each pair of labels occurs in each cluster: a resample is a weighted sum of these.
+    pairs = np.zeros((groups.max(initial=-1) + 1, len(names) ** 2))
+    np.add.at(pairs, (groups, a * len(names) + b), 1)
 
-    def kappa(rows: NDArray[np.int64]) -> float:
-        pairs = np.bincount(a[rows] * len(names) + b[rows], minlength=cost.size)
-        seen = pairs.reshape(cost.shape)
-        chance = np.outer(seen.sum(axis=1), seen.sum(axis=0)) / max(1, seen.sum())
-        expected = (cost * chance).sum()
-        return float(1 - (cost * seen).sum() / expected) if expected > 0 else np.nan
+    def kappa(drawn: NDArray[np.int64]) -> float:
+        from statsmodels.stats.inter_rater import cohens_kappa
 
-    return _with_interval(kappa, _codes(clusters), resamples, seed, "only one label occurs")
+        seen = (np.bincount(drawn, minlength=len(pairs)) @ pairs).reshape(len(names), -1)
+        if ((seen.sum(axis=0) + seen.sum(axis=1)) > 0).sum() < 2:
+            return np.nan
+        return float(cohens_kappa(seen, wt=weights, return_results=False))
+
+    return _with_interval(kappa, groups, resamples, seed, "only one label occurs")
 
 
 def fleiss_kappa(
@@ -102,7 +123,7 @@ def fleiss_kappa(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Agreement:
-    """Fleiss' kappa: items × coders, every item labelled by the same number of coders (>= 2)."""
+    """Fleiss' kappa (1971): items × coders, each item labelled by equally many of them (>= 2)."""
     _same_length(len(labels), clusters=len(clusters))
     coders = {len(row) for row in labels}
     if len(coders) > 1 or (coders and min(coders) < 2):
@@ -113,13 +134,18 @@ def fleiss_kappa(
         )
     names = sorted({label for row in labels for label in row}, key=str)
     counts = np.array([[list(row).count(name) for name in names] for row in labels], float)
-    return _with_interval(
-        lambda rows: _fleiss(counts[rows]),
-        _codes(clusters),
-        resamples,
-        seed,
-        "only one label occurs",
-    )
+    groups = _codes(clusters)
+    members = _members(groups)
+
+    def kappa(drawn: NDArray[np.int64]) -> float:
+        from statsmodels.stats import inter_rater
+
+        picked = counts[np.concatenate([members[c] for c in drawn])]
+        if picked.any(axis=0).sum() < 2:
+            return np.nan
+        return float(inter_rater.fleiss_kappa(picked))
+
+    return _with_interval(kappa, groups, resamples, seed, "only one label occurs")
 
 
 def krippendorff_alpha(
@@ -142,15 +168,18 @@ def krippendorff_alpha(
         values = [[np.nan if v is None else number[v] for v in row] for row in labels]
     else:
         values = [[np.nan if v is None else float(v) for v in row] for row in labels]
-    table = np.array(values, float).reshape(len(labels), -1)
+    table = np.array(values, float).reshape(len(labels), len(labels[0]) if labels else 0)
     paired = (~np.isnan(table)).sum(axis=1) >= 2
     table = table[paired]
     domain = np.unique(table[~np.isnan(table)])
 
-    def alpha(rows: NDArray[np.int64]) -> float:
+    groups = _codes(list(itertools.compress(clusters, paired)))
+    members = _members(groups)
+
+    def alpha(drawn: NDArray[np.int64]) -> float:
         import krippendorff
 
-        picked = table[rows]
+        picked = table[np.concatenate([members[c] for c in drawn])]
         if len(np.unique(picked[~np.isnan(picked)])) < 2:
             return np.nan
         return float(
@@ -159,42 +188,33 @@ def krippendorff_alpha(
             )
         )
 
-    kept = [cluster for cluster, keep in zip(clusters, paired, strict=True) if keep]
-    return _with_interval(alpha, _codes(kept), resamples, seed, "only one label occurs")
+    return _with_interval(alpha, groups, resamples, seed, "only one label occurs")
 
 
-def _icc(table: NDArray[np.float64], k: int) -> float:
-    """ICC(2,k) from the mean squares of a two-way layout; k is 1 or the number of coders."""
-    n, coders = table.shape
-    if n < 2:
-        return np.nan
-    grand = table.mean()
-    rows = coders * ((table.mean(axis=1) - grand) ** 2).sum() / (n - 1)
-    columns = n * ((table.mean(axis=0) - grand) ** 2).sum() / (coders - 1)
-    total = ((table - grand) ** 2).sum()
-    error = (total - rows * (n - 1) - columns * (coders - 1)) / ((n - 1) * (coders - 1))
-    if total <= 1e-12:
-        return np.nan
-    if k == 1:
-        below = rows + (coders - 1) * error + coders * (columns - error) / n
-    else:
-        below = rows + (columns - error) / n
-    return float((rows - error) / below) if abs(below) > 1e-12 else np.nan
+def _analytic(row: Any, dialogues: int) -> Agreement:
+    """One of pingouin's ICCs; no interval where its bounds are infinite or out of order.
 
-
-def _fleiss(counts: NDArray[np.float64]) -> float:
-    """Fleiss' kappa from items × labels, the number of coders who gave each."""
-    if not counts.size:
-        return np.nan
-    coders = counts[0].sum()
-    observed = ((counts**2).sum(axis=1) - coders).mean() / (coders * (coders - 1))
-    chance = ((counts.sum(axis=0) / counts.sum()) ** 2).sum()
-    return float((observed - chance) / (1 - chance)) if chance < 1 else np.nan
+    Where dialogues differ less than the coders' errors alone would make them, the variance that
+    an ICC is a share of can be estimated at zero or below: the quotient is then huge or above 1.
+    """
+    value = float(row["ICC"])
+    if not -_HUGE < value <= 1 + 1e-9:
+        why = "dialogues differ no more than by chance"
+        return Agreement(None, None, None, dialogues, dialogues, why)
+    low, high = (float(bound) for bound in row["CI95"])
+    if not (np.isfinite([low, high]).all() and low <= value <= high):
+        return Agreement(value, None, None, dialogues, dialogues)
+    return Agreement(value, low, high, dialogues, dialogues)
 
 
 def _codes(clusters: Sequence[Any]) -> NDArray[np.int64]:
     position: dict[Any, int] = {}
     return np.array([position.setdefault(c, len(position)) for c in clusters], np.int64)
+
+
+def _members(clusters: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+    """The rows of each cluster."""
+    return [np.flatnonzero(clusters == c) for c in range(clusters.max(initial=-1) + 1)]
 
 
 def _same_length(items: int, **others: int) -> None:
@@ -206,16 +226,15 @@ def _same_length(items: int, **others: int) -> None:
 def _with_interval(
     statistic: Statistic, clusters: NDArray[np.int64], resamples: int, seed: int, reason: str
 ) -> Agreement:
-    """The statistic on all rows, and its percentiles when whole clusters are resampled."""
-    count = int(clusters.max()) + 1 if len(clusters) else 0
-    value = statistic(np.arange(len(clusters))) if count else np.nan
+    """The statistic on all clusters, and its percentiles when these are resampled."""
+    count = int(clusters.max(initial=-1)) + 1
+    value = statistic(np.arange(count)) if count else np.nan
     if np.isnan(value):
         why = reason if count else "no item was coded by two coders"
         return Agreement(None, None, None, len(clusters), count, why)
-    members = [np.flatnonzero(clusters == c) for c in range(count)]
     rng = np.random.default_rng(seed)
     draws = rng.integers(0, count, (resamples if count > 1 else 0, count))
-    found = np.array([statistic(np.concatenate([members[c] for c in draw])) for draw in draws])
+    found = np.array([statistic(draw) for draw in draws])
     found = found[~np.isnan(found)]
     if count < 2 or len(found) < resamples / 2:
         return Agreement(value, None, None, len(clusters), count)

@@ -48,6 +48,19 @@ VALIDATED: dict[str, Any] = {
         "seek": 0.43,
         "simple_reflection": 0.31,
     },
+    # Of the utterances: labelled so, best guessed so, and the sum of how probable it is.
+    "totals": {
+        "affirm": [49, 29, 44],
+        "complex_reflection": [175, 263, 221],
+        "confront": [28, 14, 20],
+        "emphasize_autonomy": [30, 16, 25],
+        "gi": [45, 25, 34],
+        "none": [22, 26, 18],
+        "persuade": [62, 62, 55],
+        "question": [126, 140, 132],
+        "seek": [11, 3, 8],
+        "simple_reflection": [50, 20, 40],
+    },
 }
 _FILE = "utterances.zh.csv"
 Example = tuple[str, str]  # the utterance, and the client's words before its volley

@@ -134,12 +134,20 @@ def _simulator(manifest: Mapping[str, Any]) -> list[Any]:
 
 
 def _validation(trained: Mapping[str, Any]) -> Table:
-    """How far the automatic Chinese coder can be trusted, code by code."""
-    rows = [[code.replace("_", " "), f1] for code, f1 in trained["f1"].items()]
+    """How far the automatic Chinese coder can be trusted, code by code and in its totals."""
+    totals = trained.get("totals", {})  # codings made before these were written have none
+    rows = [
+        [code.replace("_", " "), f1, *totals.get(code, (None, None, None))]
+        for code, f1 in trained["f1"].items()
+    ]
+    columns = [Column("Code"), Column("F1", digits=2, numeric=True)]
+    columns += [
+        Column(label, digits=0, numeric=True) for label in ("Labels", "Best guesses", "Expected")
+    ]
     return Table(
         "miti_trained_coder",
         "The AUTOMATIC Chinese coder on utterances it has not seen",
-        [Column("Code"), Column("F1", digits=2, numeric=True)],
+        columns,
         rows,
         [
             f"{trained['utterances']} utterances of {trained['dialogues']} dialogues, cross-"
@@ -147,5 +155,8 @@ def _validation(trained: Mapping[str, Any]) -> Table:
             f"{trained['kappa']:.2f}. Its labels were given once, not by trained MITI coders; a "
             "code with a low F1 is hardly more than a guess. It goes by wording and does not "
             "notice nonsense: a model that strings MI phrases together is given MI codes.",
+            "Labels: how many of the utterances have the code by their labels. The coder's totals "
+            "beside it, both AUTOMATIC: best guesses, and expected ones, the sum of how probable "
+            "the code is. Its tables of codes count by expected ones.",
         ],
     )

@@ -17,6 +17,14 @@ SHROUT_FLEISS = [
     [6, 2, 4, 7],
 ]
 
+# Fleiss (1971), table 1: 30 patients, six psychiatrists, five diagnoses. Kappa .430.
+FLEISS = [
+    *("444444", "222555", "233335", "555555", "222444", "113333", "333355", "113334"),
+    *("114444", "555555", "144444", "124444", "222333", "144444", "224445", "333335"),
+    *("111455", "111112", "224444", "133555", "555555", "244444", "224555", "114444"),
+    *("144445", "222224", "111155", "224444", "133333", "555555"),
+]
+
 # Krippendorff's own example with missing data: four observers, twelve units.
 # Alpha: nominal .743, ordinal .815, interval .849.
 KRIPPENDORFF = [
@@ -39,8 +47,14 @@ def test_icc_of_shrout_and_fleiss():
     found = icc(SHROUT_FLEISS)
     assert round(found["single"].value, 2) == 0.29
     assert round(found["average"].value, 2) == 0.62
-    assert found["single"].low <= found["single"].value <= found["single"].high
     assert (found["single"].items, found["single"].clusters) == (6, 6)
+
+
+def test_intervals_of_icc_are_those_of_mcgraw_and_wong():
+    """The example's bounds as R's psych package prints them, ICC2 and ICC2k."""
+    found = icc(SHROUT_FLEISS)
+    bounds = [(round(each.low, 3), round(each.high, 3)) for each in found.values()]
+    assert bounds == [(0.019, 0.761), (0.071, 0.927)]
 
 
 def test_icc_counts_a_constant_difference_between_coders_as_disagreement():
@@ -57,6 +71,10 @@ def test_icc_leaves_out_dialogues_that_a_coder_skipped_and_names_what_is_undefin
     assert icc(table)["single"].value == icc(SHROUT_FLEISS)["single"].value
     flat = icc([[3, 3], [3, 3], [3, 3]])["single"]
     assert (flat.value, flat.reason) == (None, "scores do not vary")
+    chance = icc([[2, 2], [1, 2], [2, 1]])["average"]
+    assert (chance.value, chance.reason) == (None, "dialogues differ no more than by chance")
+    few = icc([[1, 2], [3, 4]])["single"]
+    assert (few.value, few.reason, few.items) == (None, "too few dialogues", 2)
     with pytest.raises(UserError, match="two coders"):
         icc([[1], [2]])
 
@@ -87,6 +105,10 @@ def test_weighted_kappa_forgives_near_misses():
     assert weighted.value > plain.value + 0.2
 
 
+def test_fleiss_kappa_of_fleiss():
+    assert round(fleiss_kappa(FLEISS, range(30)).value, 3) == 0.430
+
+
 def test_fleiss_kappa_by_hand():
     """Three coders, four items; P = (1 + 1 + 1/3 + 1/3) / 4, chance (7/12)^2 + (5/12)^2."""
     labels = [["q", "q", "q"], ["r", "r", "r"], ["q", "q", "r"], ["q", "q", "r"]]
@@ -112,7 +134,9 @@ def test_one_label_only_is_undefined_not_perfect():
         krippendorff_alpha([["q", "q"], ["q", "q"]], [0, 1]),
     ):
         assert (found.value, found.reason) == (None, "only one label occurs")
-    assert krippendorff_alpha([["q", None]], [0]).reason == "no item was coded by two coders"
+    for labels in ([["q", None]], []):
+        alpha = krippendorff_alpha(labels, [0] * len(labels))
+        assert alpha.reason == "no item was coded by two coders"
 
 
 def test_utterances_of_one_dialogue_stay_together_in_the_interval():

@@ -173,6 +173,10 @@ def test_the_study_is_shown_with_who_coded_and_how_to_read_it(tmp_path: Path) ->
     for artifact in ("sessions/simulated", "packet", "codings", "study"):
         assert f"sha256 {ws.manifest(artifact)['digest']}" in html
     assert ws.exists("report", "miti_table6_trained_zh.csv")
+    coder = csv.DictReader(io.StringIO(ws.read_text("report", "miti_trained_coder.csv")))
+    complex_ones = next(row for row in coder if row["Code"] == "complex reflection")
+    counted = [complex_ones[name] for name in ("Labels", "Best guesses", "Expected")]
+    assert counted == ["175", "263", "221"]
 
 
 def test_a_study_of_another_version_is_named_with_what_to_do(tmp_path: Path) -> None:
