@@ -63,16 +63,17 @@ def length(squares: Any, strange: Any, rarity: np.ndarray) -> Any:
 class Classifier:
     """The arrays of weights.npz, of n known features.
 
-    keys: uint32 [n], ascending; rarity: float32 [n], what a feature counts before a text's are
-    scaled to length 1; weights: float16 [n, 2 + 8] and bias [2 + 8], of the log odds of risk and
-    of high risk, and of the categories. A feature not known says nothing, but makes the others
-    count less: a text of strange words must not be judged by the one that is known.
+    keys: uint32 [n], ascending; rarity: float16 [n], what a feature counts before a text's are
+    scaled to length 1; weights: int8 [n, 2 + 8] in units of scale [2 + 8], and bias [2 + 8], of the
+    log odds of risk and of high risk, and of the categories. A feature not known says nothing, but
+    makes the others count less: a text of strange words must not be judged by the one that is known.
     """
 
     def __init__(self, stored: dict[str, Any]) -> None:
         self._keys = np.asarray(stored["keys"], np.uint32)
         self._rarity = np.asarray(stored["rarity"], np.float32)
         self._weights = np.asarray(stored["weights"])
+        self._scale = np.asarray(stored["scale"], np.float32)
         self._bias = np.asarray(stored["bias"], np.float32)
         if self._weights.shape != (len(self._keys), 2 + len(CATEGORIES)):
             raise ValueError("weights.npz does not fit this version: run the training again")
@@ -84,7 +85,7 @@ class Classifier:
         at = at[self._keys[at] == keys]
         values = self._rarity[at]
         values = values / length(values @ values, len(keys) - len(at), self._rarity)
-        odds = values @ self._weights[at].astype(np.float32) + self._bias
+        odds = (values @ self._weights[at].astype(np.float32)) * self._scale + self._bias
         risk, high = 1 / (1 + np.exp(-odds[:2]))
         return Opinion(float(risk), float(high), CATEGORIES[int(odds[2:].argmax())])
 

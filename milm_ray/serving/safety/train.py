@@ -33,8 +33,7 @@ _STRENGTH = 30.0  # C of the logistic regressions: the inverse of their L2 penal
 _SMILECHAT_WEIGHT = 1.0
 _MEDIUM_WEIGHT = 0.5
 _TURN_WEIGHT = 0.5
-_LEAST = 0.02  # weight of a feature of one text that is worth its place
-_FEWEST = 3  # texts that a feature must be in for a say in which category it is
+_FEWEST = 5  # texts that a feature must be in for a say in which category it is
 
 
 class Example(NamedTuple):
@@ -134,13 +133,16 @@ def train(examples: list[Example]) -> dict[str, np.ndarray]:
     ]
     coefficients = np.stack([coefficient for coefficient, _ in fits], axis=1)
     coefficients[texts_with < _FEWEST, 2:] = 0
-    # Of features of one text alone only those that weigh something: to leave one out changes no
-    # length, since a feature not known counts as one of the rarest.
-    kept = (texts_with > 1) | (np.abs(coefficients[:, :2]).max(1) > _LEAST)
+    # A step of 1/127 of the largest weight moves a text's odds by a hundredth.
+    scale = np.abs(coefficients).max(0) / 127
+    steps = np.round(coefficients / scale).astype(np.int8)
+    # A feature of one text alone that weighs nothing can go: one not known counts as long.
+    kept = (texts_with > 1) | steps.any(1)
     return {
         "keys": keys[kept],
-        "rarity": rarity[kept].astype(np.float32),
-        "weights": coefficients[kept].astype(np.float16),
+        "rarity": rarity[kept].astype(np.float16),
+        "weights": steps[kept],
+        "scale": scale.astype(np.float32),
         "bias": np.array([bias for _, bias in fits], np.float32),
     }
 
