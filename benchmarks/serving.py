@@ -1,6 +1,6 @@
 """Model endpoints and chat: what the layers around the engine cost, on the shipped tiny Llama-3.
 
-    python benchmarks/serving.py                     # everything, about four minutes on two cores
+    python benchmarks/serving.py                     # everything, about six minutes on two cores
     python benchmarks/serving.py --parts batch http  # some of it
     python benchmarks/serving.py --parts batch --llamafactory lf/bin/python
 
@@ -237,6 +237,11 @@ def bare_engine(path: str) -> None:
     print("tokens/s:", QUESTIONS * NEW_TOKENS / (time.perf_counter() - started), flush=True)
 
 
+def served(config: Any, changes: dict[str, int]) -> Any:
+    """The configuration with other settings of `serve`."""
+    return config.model_copy(update={"serve": config.serve.model_copy(update=changes)})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -265,27 +270,32 @@ def main() -> None:
                 "workspace": folder,
                 "models": {"llama3": model},
                 "finetune": {"lora": {"rank": RANK}},
-                "serve": {**serve, "cpus_per_replica": 1, "replicas": CORES},
+                "serve": serve,
                 "chat": {"max_tokens": 64},
             }
         )
         workspace = Workspace.open(folder)
         bases = prepared_bases(config, workspace)
         random_adapter(bases["llama3"], workspace.local("adapters", "llama3"), "llama3", 0)
-        # An engine of one thread per core; the rest of Serve is counted beside them.
+        # For batches an engine of one thread per core; else one with as many threads as there are
+        # cores, which the bare one has too. The rest of Serve is counted beside them.
+        by_core = {"cpus_per_replica": 1, "replicas": CORES}
+        whole = {"cpus_per_replica": CORES, "replicas": 1}
         cluster = {"num_cpus": CORES + 2, "include_dashboard": False}
         ray.init(address="local", logging_level="WARNING", **cluster)
         rows = sample_rounds(DIALOGUES, ROUNDS).to_pylist()
         speed, rates = 0.0, {}
         try:
-            with running_models(app_args(config, workspace, bases)) as url:
-                if "batch" in options.parts:
+            if "batch" in options.parts:
+                with running_models(app_args(served(config, by_core), workspace, bases)) as url:
                     rates = asyncio.run(batch(url, rows))
-                if "http" in options.parts:
-                    speed = asyncio.run(http_speed(url))
-                if "first" in options.parts:
-                    with running_chat(chat_args(config, workspace, url), url) as chat_url:
-                        asyncio.run(first_tokens(url, f"{chat_url}/"))
+            if {"http", "first"} & set(options.parts):
+                with running_models(app_args(served(config, whole), workspace, bases)) as url:
+                    if "http" in options.parts:
+                        speed = asyncio.run(http_speed(url))
+                    if "first" in options.parts:
+                        with running_chat(chat_args(config, workspace, url), url) as chat_url:
+                            asyncio.run(first_tokens(url, f"{chat_url}/"))
         finally:
             ray.shutdown()
         if rates and options.llamafactory:

@@ -64,9 +64,10 @@ class Classifier:
     """The arrays of weights.npz, of n known features.
 
     keys: uint32 [n], ascending; rarity: float16 [n], what a feature counts before a text's are
-    scaled to length 1; weights: int8 [n, 2 + 8] in units of scale [2 + 8], and bias [2 + 8], of the
-    log odds of risk and of high risk, and of the categories. A feature not known says nothing, but
-    makes the others count less: a text of strange words must not be judged by the one that is known.
+    scaled to length 1; weights: int8 [n, 2 + 8] in units of scale [2 + 8], and bias [2 + 8], of
+    the log odds of risk and of high risk, and of the categories. A feature not known says nothing,
+    but makes the others count less: a text of strange words must not be judged by the one that is
+    known.
     """
 
     def __init__(self, stored: dict[str, Any]) -> None:
