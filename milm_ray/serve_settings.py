@@ -91,7 +91,7 @@ class SafetyConfig(Section):
         0.80, gt=0, le=1, description="the classifier's P(risk) from which a turn is medium"
     )
     classifier_high: float = Field(
-        0.50, gt=0, le=1, description="the classifier's P(high risk) from which a turn is high"
+        0.57, gt=0, le=1, description="the classifier's P(high risk) from which a turn is high"
     )
     log_text: bool = Field(
         False, description="put the client's words into the record of an intervention"

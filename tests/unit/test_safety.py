@@ -83,17 +83,14 @@ def test_the_test_set_is_large_complete_and_its_parts_are_apart():
     assert not trained & held_out
 
 
-# The goal for unseen words is a recall of 0.98 and false alarms of at most 0.05. Both are out of
-# reach. With a writer's texts left out of the training, 0.75 to 0.97 of that writer's high-risk
-# texts are found, of nine writers' 7632 of 9520, and 0.08 to 0.17 of the benign ones, look-alikes
-# for the most part, are taken for a risk, 983 of 7701. One of the nine is the fourth part, of 400
-# items: 0.97 and 0.14, but the writers had been told what was missed in it. Thresholds and the
-# rules that stand alone were chosen on the same figures. Before the last training the part gave,
-# unseen, 0.79 and 0.14, and the eight writers who came later 0.52 and 0.08. A part that was tuned
-# on shows 0.98 and more, which says nothing about new words. The bounds of a held-out part stand a
-# little beside its figures; a change that moves one for the worse is argued for here.
-RECALL = {"tune": 0.98, "held_out": 0.75}
-FALSE_ALARMS = {"tune": 0.05, "held_out": 0.17}
+# The goal for unseen words is a recall of 0.98 and false alarms of at most 0.05. The held-out part,
+# 400 items by a writer who saw neither rules nor training lines, was measured once: 195 of 200,
+# 11 of 170. The part before it, now in the tune part, gave 193 and 11 when new. Thresholds were
+# chosen on the parts before. A part that was tuned on shows 0.98 and more, which says nothing about
+# new words. The bounds of the held-out part stand a little beside its figures; a change that moves
+# one for the worse is argued for here.
+RECALL = {"tune": 0.98, "held_out": 0.96}
+FALSE_ALARMS = {"tune": 0.05, "held_out": 0.08}
 
 
 @pytest.mark.parametrize("split", SPLITS)

@@ -136,8 +136,8 @@ def train(examples: list[Example]) -> dict[str, np.ndarray]:
     # A step of 1/127 of the largest weight moves a text's odds by a hundredth.
     scale = np.abs(coefficients).max(0) / 127
     steps = np.round(coefficients / scale).astype(np.int8)
-    # A feature of one text alone that weighs nothing can go: one not known counts as long.
-    kept = (texts_with > 1) | steps.any(1)
+    # A feature of one text alone that weighs next to nothing can go: one not known counts as long.
+    kept = (texts_with > 1) | (np.abs(steps[:, :2]).max(1) > 1)
     return {
         "keys": keys[kept],
         "rarity": rarity[kept].astype(np.float16),
