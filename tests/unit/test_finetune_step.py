@@ -17,54 +17,33 @@ from milm_ray.models.chat_format import IGNORE_INDEX
 VOCAB = 97
 
 
+SIZE = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
 def llama():
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCAB,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-        )
-    )
+    return LlamaForCausalLM(LlamaConfig(**SIZE))
 
 
 def glm():
     from transformers import GlmConfig, GlmForCausalLM
 
-    return GlmForCausalLM(
-        GlmConfig(
-            vocab_size=VOCAB,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=8,
-            attention_bias=True,
-            pad_token_id=0,
-        )
-    )
+    return GlmForCausalLM(GlmConfig(**SIZE, head_dim=8, attention_bias=True, pad_token_id=0))
 
 
 def phi3():
     """A decoder whose last layer is of no form that last_layer.py knows."""
     from transformers import Phi3Config, Phi3ForCausalLM
 
-    return Phi3ForCausalLM(
-        Phi3Config(
-            vocab_size=VOCAB,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            pad_token_id=0,
-        )
-    )
+    return Phi3ForCausalLM(Phi3Config(**SIZE, pad_token_id=0))
 
 
 def samples(count=8, seed=3):
