@@ -153,13 +153,19 @@ def test_scores_are_broken_down_by_round_and_topic(built: tuple[Config, Workspac
     assert {row["Variant"] for row in varied} == {"Base", "MI-LLM"}
 
 
-def test_the_study_is_shown_with_who_coded_and_how_to_read_it(tmp_path: Path) -> None:
-    config = miti_sample.config_of(tmp_path)
+def studied(home: Path) -> tuple[Config, Workspace]:
+    """A workspace with the whole study of the sample, and no adapters."""
+    config = miti_sample.config_of(home)
     ws, _ = miti_sample.with_sessions(config)
     for stage in (study_packet.STAGE, codings.STAGE, study.STAGE):
         stage.run(config, ws)
     for model in config.models:
         ws.clear(f"adapters/{model}")
+    return config, ws
+
+
+def test_the_study_is_shown_with_who_coded_and_how_to_read_it(tmp_path: Path) -> None:
+    config, ws = studied(tmp_path)
     STAGE.run(config, ws)
     html = ws.read_text("report", "index.html")
     text = re.sub(r"\s+", " ", _Page(html).text)
@@ -180,12 +186,7 @@ def test_the_study_is_shown_with_who_coded_and_how_to_read_it(tmp_path: Path) ->
 
 
 def test_a_study_of_another_version_is_named_with_what_to_do(tmp_path: Path) -> None:
-    config = miti_sample.config_of(tmp_path)
-    ws, _ = miti_sample.with_sessions(config)
-    for stage in (study_packet.STAGE, codings.STAGE, study.STAGE):
-        stage.run(config, ws)
-    for model in config.models:
-        ws.clear(f"adapters/{model}")
+    config, ws = studied(tmp_path)
     written = json.loads(ws.read_text("study", "study.json"))
     del written["layout"]
     old = written | {"tables": [{"name": "table4", "columns": ["Group"], "rows": []}]}
