@@ -5,7 +5,8 @@
 Prints its port when it listens. It answers the product's own prompts with well-formed JSON made
 from the question, so the same question always has the same right answer. Faults are drawn per
 request from a seed: HTTP 429 and 500, a connection cut in the middle of the reply, malformed and
-off-schema JSON. Every request is logged with what was done to it.
+off-schema JSON. Every request is logged with what was done to it. After SIGUSR1 no request is
+answered until SIGUSR2.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import json
 import os
 import random
 import re
+import signal
 import sys
 import time
 from pathlib import Path
@@ -80,6 +82,8 @@ class Server:
         self.options = options
         self.random = random.Random(options.seed)
         self.in_flight = 0
+        self.answers = asyncio.Event()
+        self.answers.set()
         self.log = Path(options.log).open("a", buffering=1) if options.log else None  # noqa: SIM115
 
     def note(self, event: str, body: dict[str, Any], **facts: Any) -> None:
@@ -124,6 +128,7 @@ class Server:
         draw -= options.failing
         low, high = options.latency - options.jitter, options.latency + options.jitter
         await asyncio.sleep(self.random.uniform(max(0.0, low), high))
+        await self.answers.wait()
         text, finish = right_answer(body["messages"]), "stop"
         if options.cut <= draw < options.cut + options.broken:
             off_schema = '{"comprehensiveness": "very", "dialogue": [{"role": "nurse"}]}'
@@ -197,6 +202,9 @@ def arguments() -> argparse.Namespace:
 
 async def main() -> None:
     server = Server(arguments())
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGUSR1, server.answers.clear)
+    loop.add_signal_handler(signal.SIGUSR2, server.answers.set)
     app = web.Application(client_max_size=1 << 24)
     app.router.add_post("/v1/chat/completions", server.chat)
     runner = web.AppRunner(app, access_log=None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -35,6 +36,13 @@ class ServerProcess:
     def kill(self) -> None:
         self.process.kill()
         self.process.wait()
+
+    def hold(self) -> None:
+        """Answer nothing until `release`: what a test does meanwhile cannot come too late."""
+        self.process.send_signal(signal.SIGUSR1)
+
+    def release(self) -> None:
+        self.process.send_signal(signal.SIGUSR2)
 
     def events(self, event: str = "") -> list[dict[str, Any]]:
         """The log's entries, all or those of one event (asked, answered, failed, refused)."""

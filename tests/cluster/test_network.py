@@ -72,6 +72,7 @@ def test_a_stopped_job_and_a_broken_link_leave_nothing_lost_and_nothing_asked_tw
 
             first = submit(network, "first", config)
             wait_for(lambda: len(server.events("answered")) >= 10 or first.poll() is not None, 120)
+            server.hold()
             stopped, _ = ray_job(network, "stop", "first").communicate(timeout=60)
             output, _ = first.communicate(timeout=60)
             assert "was stopped" in stopped, stopped + output
@@ -81,13 +82,16 @@ def test_a_stopped_job_and_a_broken_link_leave_nothing_lost_and_nothing_asked_tw
             assert not workspace.exists("mi_dialogues", "manifest.json")
 
             known = len(server.events("answered"))
+            server.release()
             second = submit(network, "second", config)
             wait_for(
                 lambda: len(server.events("answered")) >= known + 8 or second.poll() is not None,
                 120,
             )
+            server.hold()
             (asking,) = [name for name in ("a", "b") if network.holds(name, "Asker")]
             network.cut(asking)
+            server.release()
             output, _ = second.communicate(timeout=240)
             assert second.returncode == 0, output
             # What was under way when the job was stopped and when the link broke never arrived.

@@ -83,9 +83,11 @@ def test_in_transcribe(nodes: Nodes, tmp_path: Path) -> None:
         config.write_text(CONFIG.format(workspace=workspace.root, url=server.url, attempts=3))
         with Job(nodes, "transcribe", "--config", config, TEST_LLM_KEY=KEY) as job:
             job.wait_for(lambda: len(server.events("answered")) >= 12)
+            server.hold()
             asking = nodes.where("Asker")
             assert asking is not None
             nodes.kill(asking)
+            server.release()
             job.end()
         # Replies under way to a node that went dark never arrived: at most those in flight.
         check_result(workspace, server, lost=8)
