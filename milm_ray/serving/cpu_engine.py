@@ -1,9 +1,10 @@
 """vLLM on a machine without a GPU: one process an engine, and adapters at the base model's speed.
 
-vLLM's own CPU path for LoRA copies the adapter's matrices once *per token* and, where base and
-adapter requests meet in one batch, adds the adapter to the base's rows too (row index -1 is the
-last slot). `GroupedLora` multiplies once per adapter over the rows that asked for it, so both are
-gone. `Worker` puts it in place; `worker_cls` is vLLM's own option for that.
+vLLM's own CPU path for LoRA copies the adapter's matrices once *per token* (those of the head even
+for requests of the base) and, where base and adapter requests meet in one batch, adds the adapter
+to the base's rows too (row index -1 is the last slot). `GroupedLora` multiplies once per adapter
+over the rows that asked for it, so both are gone. `Worker` puts it in place; `worker_cls` is vLLM's
+own option for that.
 """
 
 from __future__ import annotations
@@ -26,20 +27,18 @@ WORKER_CLS = f"{__name__}.Worker"
 class GroupedLora(PunicaWrapperCPU):
     """Multi-LoRA by one matrix product per adapter in the batch.
 
-    A batch is `groups`: (adapter slot, rows), rows None where the whole batch is one adapter's.
-    Rows of base requests are in no group.
+    A batch is groups: (adapter slot, rows), rows None where the whole batch is one adapter's.
+    Rows of base requests are in no group. `groups` are those of the tokens, `sampled` those of the
+    positions whose next token is asked for.
     """
 
     groups: list[tuple[int, torch.Tensor | None]]
+    sampled: list[tuple[int, torch.Tensor | None]]
 
     def update_metadata(self, *args: Any, **kwargs: Any) -> None:
         super().update_metadata(*args, **kwargs)
-        slots = self.token_lora_indices
-        present = torch.unique(slots).tolist()
-        if len(present) == 1:
-            self.groups = [] if present[0] < 0 else [(present[0], None)]
-        else:
-            self.groups = [(s, (slots == s).nonzero().squeeze(1)) for s in present if s >= 0]
+        self.groups = _groups(self.token_lora_indices)
+        self.sampled = _groups(self.sampler_indices)
 
     def add_lora_linear(
         self,
@@ -57,20 +56,61 @@ class GroupedLora(PunicaWrapperCPU):
 
         y: (tokens, out); x: (tokens, in); A: (slots, 1, rank, in); B: (slots, 1, slice, rank).
         """
-        if not self.groups:
-            return
         out, rows_in = y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1])
         for slot, rows in self.groups:
             chosen = rows_in if rows is None else rows_in[rows]
             start = 0
             for a, b, size in zip(lora_a_stacked, lora_b_stacked, output_slices, strict=True):
-                down = chosen @ a[slot, 0].T
-                if rows is None:
-                    out[:, start : start + size].addmm_(down, b[slot, 0].T, alpha=scale)
-                else:
-                    delta = down @ b[slot, 0].T
-                    out[:, start : start + size].index_add_(0, rows, delta, alpha=scale)
+                part = out[:, start : start + size]
+                _add_product(part, rows, chosen @ a[slot, 0].T, b[slot, 0], scale)
                 start += size
+
+    def add_lora_embedding(
+        self,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        lora_b_stacked: torch.Tensor,
+        add_inputs: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        """y[rows] += x[rows] Bᵀ; x: (tokens, rank), each token's own row of its adapter's A."""
+        for slot, rows in self.groups:
+            _add_product(y, rows, x if rows is None else x[rows], lora_b_stacked[slot, 0], 1.0)
+
+    def add_lora_logits(
+        self,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        lora_a_stacked: torch.Tensor,
+        lora_b_stacked: torch.Tensor,
+        scale: float,
+        *,
+        buffer: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """y[rows, :vocabulary] += scale · x[rows] Aᵀ Bᵀ; y: (sampled, padded vocabulary)."""
+        for slot, rows in self.sampled:
+            chosen = x if rows is None else x[rows]
+            b = lora_b_stacked[slot, 0]
+            _add_product(y[:, : len(b)], rows, chosen @ lora_a_stacked[slot, 0].T, b, scale)
+
+
+def _groups(slots: torch.Tensor) -> list[tuple[int, torch.Tensor | None]]:
+    """The rows of each adapter slot; -1 is a base request's row."""
+    present = torch.unique(slots).tolist()
+    if len(present) == 1:
+        return [] if present[0] < 0 else [(present[0], None)]
+    return [(s, (slots == s).nonzero().squeeze(1)) for s in present if s >= 0]
+
+
+def _add_product(
+    y: torch.Tensor, rows: torch.Tensor | None, down: torch.Tensor, b: torch.Tensor, scale: float
+) -> None:
+    """y[rows] += scale · down Bᵀ, in place."""
+    if rows is None:
+        y.addmm_(down, b.T, alpha=scale)
+    else:
+        y.index_add_(0, rows, down @ b.T, alpha=scale)
 
 
 class Worker(CPUWorker):

@@ -6,6 +6,7 @@ parameter is an error and not a silent default.
 
 from __future__ import annotations
 
+import gc
 import json
 import time
 from collections.abc import AsyncIterator
@@ -23,7 +24,7 @@ from starlette.types import ASGIApp
 from milm_ray.serving.access import Gate
 from milm_ray.serving.adapters import Adapter, AdapterStore, split_id
 from milm_ray.serving.errors import error_body
-from milm_ray.serving.models import IngressArgs
+from milm_ray.serving.models import GC_THRESHOLD, IngressArgs
 
 
 class Refused(Exception):
@@ -124,6 +125,7 @@ class Ingress:
         self._store = AdapterStore(adapters_root) if adapters_root is not None else None
         self._models = models
         self._started = int(time.time())
+        gc.set_threshold(GC_THRESHOLD)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         app = FastAPI(title="milm_ray model endpoints", docs_url=None, redoc_url=None)

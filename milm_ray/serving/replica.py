@@ -6,6 +6,7 @@ Requests arrive as plain dictionaries and leave as JSON text, so the ingress nee
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import logging
 from collections.abc import AsyncIterator
@@ -15,7 +16,7 @@ from typing import Any
 from milm_ray.models.checkpoint import prepare_base
 from milm_ray.serving.adapters import CHAT_FORMAT, Adapter, AdapterStore
 from milm_ray.serving.errors import error_body
-from milm_ray.serving.models import ModelArgs
+from milm_ray.serving.models import GC_THRESHOLD, ModelArgs
 
 _GIB = 1 << 30
 
@@ -42,6 +43,7 @@ class ModelReplica:
         )
         await self._server.start()
         _load_one_at_a_time(self._server.engine)
+        gc.set_threshold(GC_THRESHOLD)
 
     async def check_health(self) -> None:
         await self._server.check_health()

@@ -22,12 +22,17 @@ MODELS = Path(__file__).parents[2] / "milm_ray" / "samples" / "models"
 RANK = 4
 
 
-def random_adapter(base: Path, target: Path, model: str, seed: int) -> None:
-    """A LoRA adapter in PEFT's layout, strong enough to change what the base says."""
+def random_adapter(
+    base: Path, target: Path, model: str, seed: int, also: tuple[str, ...] = ()
+) -> None:
+    """A LoRA adapter in PEFT's layout, strong enough to change what the base says.
+
+    also: modules beside the model's own targets, such as embed_tokens and lm_head.
+    """
     from safetensors import safe_open
     from safetensors.numpy import save_file
 
-    targets = registry.get(model).lora_targets
+    targets = (*registry.get(model).lora_targets, *also)
     random = np.random.default_rng(seed)
     tensors = {}
     for file in sorted(base.glob("*.safetensors")):
@@ -38,8 +43,12 @@ def random_adapter(base: Path, target: Path, model: str, seed: int) -> None:
                     continue
                 rows, columns = weights.get_slice(name).get_shape()
                 for part, shape in (("A", (RANK, columns)), ("B", (rows, RANK))):
+                    place = f"lora_{part}.weight"
+                    if module.endswith("embed_tokens"):  # looked up, so PEFT keeps A transposed
+                        place = f"lora_embedding_{part}"
+                        shape = (RANK, rows) if part == "A" else (columns, RANK)
                     values = random.normal(0, 0.2, shape).astype(np.float32)
-                    tensors[f"base_model.model.{module}.lora_{part}.weight"] = values
+                    tensors[f"base_model.model.{module}.{place}"] = values
     target.mkdir(parents=True)
     save_file(tensors, target / "adapter_model.safetensors")
     config = {

@@ -47,33 +47,53 @@ def test_an_adapter_answers_otherwise_than_its_base(client: openai.OpenAI) -> No
         assert base != adapter
 
 
-def test_greedy_replies_are_those_of_transformers_and_peft(
-    served: Served, client: openai.OpenAI
-) -> None:
-    """The engine's own kernels, fused layers and adapters against the reference, token by token."""
+def reference(served: Served, name: str, *adapters: str) -> list[str]:
+    """Greedy replies of transformers: the base's, then those with PEFT and each adapter."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from milm_ray.models.chat_format import encode_prompt
 
-    for name, base in served.bases.items():
-        tokenizer = AutoTokenizer.from_pretrained(base)
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-        ids = torch.tensor([encode_prompt(tokenizer, name, ASKED)])
-        for endpoint in (name, f"{name}:mi"):
-            if endpoint != name:
-                model = PeftModel.from_pretrained(model, served.workspace.path("adapters", name))
-            reply = model.eval().generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                do_sample=False,
-                min_new_tokens=16,
-                max_new_tokens=16,
-                eos_token_id=[],
-            )
-            expected = tokenizer.decode(reply[0, ids.shape[1] :], skip_special_tokens=True)
-            assert say(client, endpoint) == expected
+    tokenizer = AutoTokenizer.from_pretrained(served.bases[name])
+    ids = torch.tensor([encode_prompt(tokenizer, name, ASKED)])
+    replies = []
+    for adapter in (None, *adapters):
+        base = AutoModelForCausalLM.from_pretrained(served.bases[name], dtype=torch.float32)
+        model = PeftModel.from_pretrained(base, adapter) if adapter else base
+        reply = model.eval().generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            min_new_tokens=16,
+            max_new_tokens=16,
+            eos_token_id=[],
+        )
+        replies.append(tokenizer.decode(reply[0, ids.shape[1] :], skip_special_tokens=True))
+    return replies
+
+
+def test_greedy_replies_are_those_of_transformers_and_peft(
+    served: Served, client: openai.OpenAI
+) -> None:
+    """The engine's own kernels, fused layers and adapters against the reference, token by token."""
+    for name in served.bases:
+        expected = reference(served, name, served.workspace.path("adapters", name))
+        assert [say(client, name), say(client, f"{name}:mi")] == expected
+
+
+def test_an_adapter_of_embeddings_and_head_touches_no_other_request(
+    served: Served, client: openai.OpenAI
+) -> None:
+    name, base = "baichuan2", served.bases["baichuan2"]
+    target = served.workspace.local("adapters", name, "whole")
+    random_adapter(base, target, name, seed=9, also=("embed_tokens", "lm_head"))
+    expected = reference(served, name, str(target))
+    say(client, f"{name}:whole")  # from here on it lies in a slot
+    with ThreadPoolExecutor(16) as pool:
+        replies = list(pool.map(lambda id: say(client, id), [name, f"{name}:whole"] * 8))
+    assert replies == expected * 8
+    shutil.rmtree(target)
 
 
 def test_base_requests_are_untouched_by_adapter_requests_beside_them(
