@@ -24,12 +24,11 @@ class Unreachable(UserError):
     exit_code = EXIT_USAGE
 
 
-def on_this_node() -> Any:
-    """A scheduling strategy: only on the node of this process."""
+def this_node() -> dict[str, str]:
+    """A label selector: only the node of this process."""
     import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
 
 
 def check_reach(workspace: Workspace) -> None:

@@ -24,7 +24,7 @@ from milm_ray.llm.replies import Request, Subject
 from milm_ray.llm.reply_store import ReplyStore
 from milm_ray.models import chat_format
 from milm_ray.models.messages import round_messages
-from milm_ray.nodes import on_this_node
+from milm_ray.nodes import this_node
 from milm_ray.schema import PREDICTIONS, VARIANTS, Variant
 from milm_ray.serving.adapters import DEFAULT_ADAPTER
 from milm_ray.serving.endpoints import base_digest
@@ -179,7 +179,7 @@ def predict(
         # It mostly waits, and the engines hold most of the cluster. Endpoints started for a job
         # answer their own machine only, and the bases may be prepared nowhere else.
         num_cpus=0,
-        scheduling_strategy=on_this_node(),
+        label_selector=this_node(),
         fn_constructor_kwargs={
             "config": config,
             "workspace": workspace,

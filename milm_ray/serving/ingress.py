@@ -92,16 +92,19 @@ async def _streamed(
         return Response(first, status, media_type="application/json")
 
     async def events() -> AsyncIterator[str]:
+        ended = False
         try:
             yield first
             async for status, text in pieces:
                 yield text if status == 200 else f"data: {text}\n\ndata: [DONE]\n\n"
+            ended = True
         except Exception as error:
             # The status line has gone out: the only way left to say it is in the stream.
             message = json.loads(error_body(500, f"the reply broke off ({type(error).__name__})"))
             yield f"data: {json.dumps(message)}\n\ndata: [DONE]\n\n"
         finally:
-            pieces.cancel()  # a client that left must not keep the engine busy
+            if not ended:
+                pieces.cancel()  # a client that left must not keep the engine busy
 
     return StreamingResponse(events(), media_type="text/event-stream")
 
