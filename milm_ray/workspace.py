@@ -14,7 +14,7 @@ import os
 import platform
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -121,13 +121,18 @@ class Workspace:
         self.write_bytes(text.encode("utf-8"), *parts)
 
     def write_bytes(self, data: bytes, *parts: str) -> None:
+        self.write_stream([data], *parts)
+
+    def write_stream(self, pieces: Iterable[bytes], *parts: str) -> None:
+        """Write a file piece by piece, seen by others when it is whole."""
         target = self.path(*parts)
         self.filesystem.create_dir(target.rsplit("/", 1)[0], recursive=True)
         # Two nodes may write the same file, one of them given up for dead.
         temporary = f"{target}.{uuid.uuid4().hex}{_TEMPORARY}"
         try:
             with self.filesystem.open_output_stream(temporary) as stream:
-                stream.write(data)
+                for piece in pieces:
+                    stream.write(piece)
             self.filesystem.move(temporary, target)
         except OSError as error:
             raise _store_error(target, error) from error

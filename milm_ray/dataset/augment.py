@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from milm_ray.config import Config, TranscribeSection
-from milm_ray.dataset.sampling import Row
+from milm_ray.dataset.table_rows import Row
 from milm_ray.dataset.transcribe import SCHEMA, parse_transcription
 from milm_ray.dataset.transcript import transcript
 from milm_ray.job import Plan
@@ -81,6 +81,8 @@ def augment(config: Config, workspace: Workspace, train: Sequence[Row]) -> Augme
     Raises UserError as every asking of the teacher does.
     """
     result = Augmented()
+    if not config.augment.synonyms and not config.augment.paraphrases:
+        return result
     seen = {_text(turns_of(row)) for row in train}
     for copy in range(1, config.augment.synonyms + 1):
         for row in train:

@@ -25,7 +25,8 @@ from milm_ray.dataset.quality import (
     ranking,
     summarise,
 )
-from milm_ray.dataset.sampling import Row, Sample, corpora_in, sample
+from milm_ray.dataset.sampling import Sample, corpora_in, sample
+from milm_ray.dataset.table_rows import Row
 from milm_ray.dataset.transcript import transcript
 from milm_ray.errors import UserError
 from milm_ray.job import Plan, Stage, finished, log
@@ -134,8 +135,8 @@ def _judge(config: Config, workspace: Workspace, fingerprint: Mapping[str, Any])
         if len(rows) < config.curate.per_corpus:
             log.info("curate: %s has %d dialogues to judge", corpus, len(rows))
     workspace.clear("verdicts")
-    rows = [_verdict(answer) for answer in answers]
-    workspace.write_table(pa.Table.from_pylist(rows, schema=VERDICTS), "verdicts")
+    verdicts = [_verdict(answer) for answer in answers]
+    workspace.write_table(pa.Table.from_pylist(verdicts, schema=VERDICTS), "verdicts")
     workspace.commit(
         "verdicts",
         stage="curate",

@@ -7,7 +7,7 @@ is what LLaMA-Factory reads from its `dataset_dir`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from milm_ray.dataset.rounds import inline_input, rounds
@@ -15,6 +15,7 @@ from milm_ray.models.messages import INSTRUCTION, dialogue_messages
 from milm_ray.schema import turns_of
 
 Record = dict[str, Any]
+INDEX = "dataset_info.json"
 _FROM = {"user": "human", "assistant": "gpt"}
 
 
@@ -52,25 +53,28 @@ def sharegpt(dialogue: Mapping[str, Any]) -> Record:
 
 def files(
     train: Iterable[Mapping[str, Any]], test: Iterable[Mapping[str, Any]]
-) -> dict[str, list[Record] | Record]:
-    """Every exported file by name: its records, and the index of them all."""
-    train, test = list(train), list(test)
-    test_rounds = [row for dialogue in test for row in rounds(dialogue)]
-    whole = [rounds(dialogue)[-1] for dialogue in train]
-    exported: dict[str, list[Record] | Record] = {
-        "train_alpaca.json": [alpaca(row) for row in whole],
-        "train_sharegpt.json": [sharegpt(dialogue) for dialogue in train],
-        "train_rounds_inline.json": [
-            alpaca_inline(row) for dialogue in train for row in rounds(dialogue)
-        ],
-        "test_alpaca.json": [alpaca(row) for row in test_rounds],
-        "test_sharegpt.json": [sharegpt(dialogue) for dialogue in test],
-        "test_rounds_inline.json": [alpaca_inline(row) for row in test_rounds],
+) -> dict[str, Iterator[Record]]:
+    """Every exported file by name: its records, each made when it is asked for.
+
+    train, test: dialogues that can be gone through more than once.
+    """
+
+    def each_round(dialogues: Iterable[Mapping[str, Any]]) -> Iterator[Record]:
+        return (row for dialogue in dialogues for row in rounds(dialogue))
+
+    return {
+        "train_alpaca.json": (alpaca(rounds(dialogue)[-1]) for dialogue in train),
+        "train_sharegpt.json": (sharegpt(dialogue) for dialogue in train),
+        "train_rounds_inline.json": (alpaca_inline(row) for row in each_round(train)),
+        "test_alpaca.json": (alpaca(row) for row in each_round(test)),
+        "test_sharegpt.json": (sharegpt(dialogue) for dialogue in test),
+        "test_rounds_inline.json": (alpaca_inline(row) for row in each_round(test)),
     }
-    exported["dataset_info.json"] = {
-        f"milm_{name.removesuffix('.json')}": _index(name) for name in exported
-    }
-    return exported
+
+
+def index() -> Record:
+    """What stands in INDEX about each file."""
+    return {f"milm_{name.removesuffix('.json')}": _index(name) for name in files((), ())}
 
 
 def _index(name: str) -> Record:

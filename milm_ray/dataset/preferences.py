@@ -17,7 +17,8 @@ import pyarrow as pa
 
 from milm_ray.config import Config
 from milm_ray.dataset.rounds import ROUNDS_PER_GROUP, rounds
-from milm_ray.dataset.sampling import Row, rank
+from milm_ray.dataset.sampling import rank
+from milm_ray.dataset.table_rows import Row
 from milm_ray.dataset.transcript import transcript
 from milm_ray.errors import UserError
 from milm_ray.job import Plan, Stage, finished

@@ -11,14 +11,13 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from functools import reduce
 
 import pyarrow as pa
 import pyarrow.dataset as pads
 
+from milm_ray.dataset.table_rows import Row, TableRows
 from milm_ray.workspace import Workspace
-
-Row = dict[str, Any]
 
 
 def rank(seed: int, purpose: str, identifier: str) -> str:
@@ -39,12 +38,12 @@ class Sample:
     left_out: per corpus, how many dialogues were not in the pool, by reason.
     """
 
-    by_corpus: dict[str, list[Row]] = field(default_factory=dict)
+    by_corpus: dict[str, TableRows] = field(default_factory=dict)
     left_out: dict[str, dict[str, int]] = field(default_factory=dict)
 
     @property
-    def rows(self) -> list[Row]:
-        return [row for rows in self.by_corpus.values() for row in rows]
+    def rows(self) -> TableRows:
+        return reduce(TableRows.then, self.by_corpus.values(), TableRows())
 
 
 def sample(
@@ -68,18 +67,17 @@ def sample(
         of_corpus = pads.field("corpus") == corpus
         ids = dialogues.to_table(columns=["dialogue_id"], filter=of_corpus)["dialogue_id"]
         order = sorted(ids.to_pylist(), key=lambda identifier: rank(seed, purpose, identifier))
-        if leave_out is None:
-            result.by_corpus[corpus] = _rows(dialogues, of_corpus, order[:size])
-            continue
-        rows = _rows(dialogues, of_corpus, order)
-        reasons = [leave_out(row) for row in rows]
-        pool = [row for row, reason in zip(rows, reasons, strict=True) if not reason]
-        result.by_corpus[corpus] = pool[:size]
-        result.left_out[corpus] = dict(Counter(reason for reason in reasons if reason))
+        rows = _rows(dialogues, of_corpus, order if leave_out else order[:size])
+        if leave_out is not None:
+            reasons = [leave_out(row) for row in rows]
+            rows = rows.take([place for place, why in enumerate(reasons) if not why][:size])
+            result.left_out[corpus] = dict(Counter(reason for reason in reasons if reason))
+        result.by_corpus[corpus] = rows
     return result
 
 
-def _rows(dialogues: pads.Dataset, condition: pads.Expression, order: list[str]) -> list[Row]:
+def _rows(dialogues: pads.Dataset, condition: pads.Expression, order: list[str]) -> TableRows:
     wanted = condition & pads.field("dialogue_id").isin(pa.array(order, pa.string()))
-    by_id = {row["dialogue_id"]: row for row in dialogues.to_table(filter=wanted).to_pylist()}
-    return [by_id[identifier] for identifier in order]
+    table = dialogues.to_table(filter=wanted)
+    places = {identifier: at for at, identifier in enumerate(table["dialogue_id"].to_pylist())}
+    return TableRows(table).take([places[identifier] for identifier in order])

@@ -9,13 +9,14 @@ from __future__ import annotations
 import re
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pyarrow as pa
 
 from milm_ray.config import Config, TranscribeSection
-from milm_ray.dataset.sampling import Row, Sample, sample
+from milm_ray.dataset.sampling import Sample, sample
+from milm_ray.dataset.table_rows import Row, in_columns
 from milm_ray.dataset.target import target_behavior
 from milm_ray.dataset.transcript import transcript
 from milm_ray.errors import UserError
@@ -218,10 +219,22 @@ def _transcribe(config: Config, workspace: Workspace, fingerprint: Mapping[str, 
         wanted = _sizes(config, [corpus])[corpus]
         if wanted is not None and len(rows) < wanted:
             log.info("transcribe: %s has %d of the %d dialogues wanted", corpus, len(rows), wanted)
-    answers = list(asking.run(chosen.rows))
-    done = [_mi_dialogue(answer) for answer in answers if answer.ok]
-    rejects = [_reject(answer).row() for answer in answers if not answer.ok]
+    # Every row either becomes one of `done` or is counted here; no answer is kept beside it.
+    rejects = list[Row]()
+    repaired = 0
+
+    def usable() -> Iterator[Row]:
+        nonlocal repaired
+        for answer in asking.run(chosen.rows):
+            if answer.ok:
+                repaired += len(answer.replies) > 1
+                yield _mi_dialogue(answer)
+            else:
+                rejects.append(_reject(answer).row())
+
+    done = in_columns(usable(), MI_DIALOGUES)
     reasons = Counter(reject["reason"] for reject in rejects)
+    of_corpus = Counter(done["corpus"].to_pylist())
     settings = config.transcribe
     workspace.clear(ARTIFACT)
     workspace.clear(REJECTED)
@@ -234,22 +247,24 @@ def _transcribe(config: Config, workspace: Workspace, fingerprint: Mapping[str, 
         counts={"rejected": len(rejects), "rejected_by_reason": dict(reasons)},
         started=started,
     )
-    workspace.write_table(pa.Table.from_pylist(done, schema=MI_DIALOGUES), ARTIFACT)
+    workspace.write_table(done, ARTIFACT)
     workspace.commit(
         ARTIFACT,
         stage="transcribe",
         settings=settings,
         fingerprint=fingerprint,
         counts={
-            "asked": len(answers),
+            "asked": len(done) + len(rejects),
             "transcribed": len(done),
             "rejected": len(rejects),
             "rejected_by_reason": dict(reasons),
-            "repaired": sum(answer.ok and len(answer.replies) > 1 for answer in answers),
-            "by_corpus": {c: _number(done, c) for c in chosen.by_corpus},
+            "repaired": repaired,
+            "by_corpus": {c: of_corpus[c] for c in chosen.by_corpus},
             "left_out_by_corpus": chosen.left_out,
             "by_target_behavior": dict(
-                Counter(row["target_behavior"] or "none" for row in done).most_common()
+                Counter(
+                    name or "none" for name in done["target_behavior"].to_pylist()
+                ).most_common()
             ),
         },
         started=started,
@@ -257,10 +272,6 @@ def _transcribe(config: Config, workspace: Workspace, fingerprint: Mapping[str, 
         llm=answered_by(config.teacher),
         prompt={"name": PROMPT, "version": load(PROMPT).version},
     )
-
-
-def _number(rows: list[Row], corpus: str) -> int:
-    return sum(row["corpus"] == corpus for row in rows)
 
 
 def _mi_dialogue(answer: Answer) -> Row:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from milm_ray.config import Config, LLMSection
 from milm_ray.errors import UserError
@@ -26,7 +26,16 @@ from milm_ray.llm.reply_store import ReplyStore
 from milm_ray.llm.tokens import estimate_tokens
 from milm_ray.workspace import Workspace
 
-Missing = Sequence[tuple[int, Request]]
+
+class Call(NamedTuple):
+    """A call still to be made: for which row, the key of its reply, about how long its prompt is.
+
+    Not the request itself: those of a million rows are longer than the rows.
+    """
+
+    number: int
+    key: str
+    prompt_tokens: int
 
 
 class Asking:
@@ -69,20 +78,26 @@ class Asking:
         key = request_key(self.settings, request)
         return "" if self._store.get(key, request.subject) else "not_recorded"
 
-    def missing(self, rows: Sequence[Row]) -> Missing:
-        """The rows that need a call, by position, each with its next request."""
+    def missing(self, rows: Sequence[Row]) -> list[Call]:
+        """The next call of each row that needs one."""
         found = ((number, self.from_store(row)) for number, row in enumerate(rows))
-        return [(number, step) for number, step in found if isinstance(step, Request)]
+        return [
+            Call(number, request_key(self.settings, step), _prompt_estimate(step))
+            for number, step in found
+            if isinstance(step, Request)
+        ]
 
-    def estimate(self, rows: Sequence[Row], missing: Missing) -> tuple[int, int, float | None]:
+    def estimate(
+        self, rows: Sequence[Row], missing: Sequence[Call]
+    ) -> tuple[int, int, float | None]:
         """Prompt tokens, completion tokens and USD of the calls still to be made.
 
         Scaled by what this model's replies to the other rows used, repairs included; before there
         is any, by `llm.tokens` and the task's usual length of a reply.
         """
-        asked = sum(_prompt_estimate(request) for _, request in missing)
-        numbers = {number for number, _ in missing}
-        known = [self.from_store(row) for number, row in enumerate(rows) if number not in numbers]
+        asked = sum(call.prompt_tokens for call in missing)
+        numbers = {call.number for call in missing}
+        known = (self.from_store(row) for number, row in enumerate(rows) if number not in numbers)
         used, estimated, answered = Usage(), 0, 0
         for answer in known:
             if isinstance(answer, Answer) and answer.replies[0].prompt_tokens is not None:
@@ -114,7 +129,9 @@ class Asking:
         failed: dict[int, tuple[str, str]] = {}
         if missing:
             if self.settings.offline:
-                raise not_recorded(self.settings, missing[0][1], len(missing))
+                request = self.from_store(rows[missing[0].number])
+                assert isinstance(request, Request)
+                raise not_recorded(self.settings, request, len(missing))
             failed = self._send(rows, missing)
             self._store.refresh()
         seen: set[str] = set()
@@ -141,7 +158,7 @@ class Asking:
                 total += sum(reply.cost or 0.0 for reply in answer.replies)
         return total
 
-    def _send(self, rows: Sequence[Row], missing: Missing) -> dict[int, tuple[str, str]]:
+    def _send(self, rows: Sequence[Row], missing: Sequence[Call]) -> dict[int, tuple[str, str]]:
         """Ask for what is missing; returns reason and detail of rows that got no reply."""
         priced = price_of(self.settings) is not None
         if self.settings.max_cost is not None and not priced:
@@ -150,18 +167,18 @@ class Asking:
                 "give prompt_price and completion_price (USD per million tokens) beside max_cost",
             )
         # The same question is asked once, whichever rows share it.
-        keys = {number: request_key(self.settings, request) for number, request in missing}
+        keys = {call.number: call.key for call in missing}
         first_with: dict[str, int] = {}
         for number, key in keys.items():
             first_with.setdefault(key, number)
-        wanted = {number: rows[number] for number in first_with.values()}
+        wanted = list(first_with.values())
         spent = self._spent(rows, set(keys))
         connect(self._config)
         failed: dict[str, tuple[str, str]] = {}
         stopped: Mapping[str, Any] | None = None
         known = len(rows) - len(wanted)
         with Progress(self.what, len(rows), known, spent if priced else None) as progress:
-            for outcome in self._outcomes(wanted, spent):
+            for outcome in self._outcomes(rows, wanted, spent):
                 if outcome["outcome"] == "stopped":
                     stopped = stopped or outcome
                     continue
@@ -176,14 +193,16 @@ class Asking:
             raise UserError(stopped["reason"], stopped["detail"])
         return {number: failed[key] for number, key in keys.items() if key in failed}
 
-    def _outcomes(self, wanted: Mapping[int, Row], spent: float) -> Iterator[Mapping[str, Any]]:
+    def _outcomes(
+        self, rows: Sequence[Row], wanted: Sequence[int], spent: float
+    ) -> Iterator[Mapping[str, Any]]:
         """One row of OUTCOME per wanted row, in the order in which they are done."""
         import ray.data
 
         _quiet()
         limits = shared_limits(self.settings, spent)
         size, per_actor, actors = shape(len(wanted), self.settings.concurrency)
-        outcomes = ray.data.from_arrow(blocks(wanted, size)).map_batches(
+        outcomes = ray.data.from_arrow(blocks(rows, wanted, size)).map_batches(
             Asker,
             batch_size=None,
             batch_format="pyarrow",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -113,13 +113,13 @@ class Asker:
                 return end.value
 
 
-def blocks(rows: Mapping[int, Row], size: int) -> list[pa.Table]:
-    """Rows by number, packed into tables of `size` rows for the asking processes."""
-    numbers = list(rows)
-    return [_block(rows, numbers[start : start + size]) for start in range(0, len(numbers), size)]
+def blocks(rows: Sequence[Row], wanted: Sequence[int], size: int) -> list[pa.Table]:
+    """The wanted rows, by place, packed into tables of `size` rows for the asking processes."""
+    starts = range(0, len(wanted), size)
+    return [_block(rows, wanted[start : start + size]) for start in starts]
 
 
-def _block(rows: Mapping[int, Row], numbers: Sequence[int]) -> pa.Table:
+def _block(rows: Sequence[Row], numbers: Sequence[int]) -> pa.Table:
     packed = [json.dumps(rows[number], ensure_ascii=False).encode() for number in numbers]
     return pa.table({"number": pa.array(numbers, pa.int64()), "row": pa.array(packed, pa.binary())})
 

@@ -51,7 +51,7 @@ def test_a_stored_reply_is_an_answer_and_a_missing_one_a_request(workspace: Work
     assert answer.ok
     assert answer.value["professionalism"] == 2
     missing = asking(workspace).missing([row(1), row(2)])
-    assert [number for number, _ in missing] == [1]
+    assert [call.number for call in missing] == [1]
 
 
 def test_an_unusable_reply_is_mended_once_and_both_are_paid_for(workspace: Workspace) -> None:

@@ -1,5 +1,7 @@
 """The split: exact size, seeded, no leakage; rounds; exports; Table 3's counting rule."""
 
+import json
+
 import pyarrow as pa
 import pytest
 from hypothesis import given, settings
@@ -7,8 +9,9 @@ from hypothesis import strategies as st
 
 from milm_ray.dataset import export
 from milm_ray.dataset.rounds import inline_input, rounds
-from milm_ray.dataset.split import split
+from milm_ray.dataset.split import json_list, split
 from milm_ray.dataset.statistics import table_row
+from milm_ray.dataset.table_rows import TableRows, in_columns
 from milm_ray.errors import UserError
 from milm_ray.models.messages import INSTRUCTION, dialogue_messages, round_messages
 from milm_ray.schema import TURN, Turn, turns_of
@@ -38,24 +41,25 @@ def test_no_source_and_no_text_is_on_both_sides(
 ) -> None:
     rows = [dialogue(source, text) for source, text in marks]
     try:
-        train, test = split(rows, size, seed)
+        places = split(rows, size, seed)
     except UserError:
         return
+    train, test = ([rows[place] for place in part] for part in places)
     assert len(test) == size
     assert len(train) + len(test) == len(rows)
     for side_of in (lambda row: row["source_dialogue_id"], lambda row: str(row["turns"])):
         assert not {side_of(row) for row in train} & {side_of(row) for row in test}
-    assert split(rows, size, seed) == (train, test)
+    assert split(rows, size, seed) == places
 
 
 def test_the_seed_decides_and_the_order_of_the_rows_does_not() -> None:
     rows = [dialogue(source) for source in range(40)]
-    _, test = split(rows, 8, seed=1)
-    _, other = split(rows, 8, seed=2)
-    _, reversed_test = split(rows[::-1], 8, seed=1)
-    chosen = {row["dialogue_id"] for row in test}
-    assert chosen != {row["dialogue_id"] for row in other}
-    assert chosen == {row["dialogue_id"] for row in reversed_test}
+
+    def tested(rows: list[dict[str, object]], seed: int) -> set[object]:
+        return {rows[place]["dialogue_id"] for place in split(rows, 8, seed)[1]}
+
+    assert tested(rows, 1) != tested(rows, 2)
+    assert tested(rows, 1) == tested(rows[::-1], 1)
 
 
 def test_too_few_dialogues_is_an_error_with_a_fix() -> None:
@@ -101,13 +105,33 @@ def test_llama_factory_is_asked_what_our_models_are_asked() -> None:
 def test_exports_name_every_file_and_hold_every_round() -> None:
     train, test = [dialogue(1), dialogue(2)], [dialogue(3, exchanges=5)]
     files = export.files(train, test)
-    index = files["dataset_info.json"]
-    assert isinstance(index, dict)
-    assert {entry["file_name"] for entry in index.values()} == set(files) - {"dataset_info.json"}
-    assert len(files["test_alpaca.json"]) == 5
+    assert {entry["file_name"] for entry in export.index().values()} == set(files)
+    assert len(list(files["test_alpaca.json"])) == 5
+    assert len(list(files["train_rounds_inline.json"])) == 6
     (shared,) = files["test_sharegpt.json"]
     assert [m["from"] for m in shared["conversations"]] == ["human", "gpt"] * 5
     assert shared["conversations"][0]["value"].startswith(INSTRUCTION + "\n")
+
+
+@pytest.mark.parametrize("records", [[], [{}], [{"a": ["我\n们", {"b": []}]}, {"c": 1.5}]])
+def test_a_list_written_piece_by_piece_is_what_json_writes(records: list[object]) -> None:
+    whole = json.dumps(records, ensure_ascii=False, indent=1)
+    assert b"".join(json_list(records)).decode() == whole
+
+
+def test_rows_of_tables_are_those_of_their_lists() -> None:
+    column = pa.array([[{"role": "client", "content": str(n)}] for n in range(700)], pa.list_(TURN))
+    table = pa.table({"n": range(700), "turns": column})
+    rows, plain = TableRows(table.slice(0, 300), table.slice(300)), table.to_pylist()
+    assert list(rows) == plain
+    assert rows[-1] == plain[-1]
+    assert list(rows[5:600:90]) == plain[5:600:90]
+    chosen = rows.take([650, 3, 3, 299, 300]).then(TableRows()).then(rows.take([0]))
+    assert [row["n"] for row in chosen] == [650, 3, 3, 299, 300, 0]
+    assert in_columns(chosen, table.schema).to_pylist() == list(chosen)
+    assert len(in_columns([], table.schema)) == len(TableRows()) == 0
+    with pytest.raises(IndexError):
+        rows[700]
 
 
 def test_table_3_counts_characters_without_punctuation_symbols_and_space() -> None:
