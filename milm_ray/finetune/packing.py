@@ -35,8 +35,8 @@ class Pack:
         return int(self.input_ids.shape[1])
 
 
-def collate(samples: Sequence[Sample], with_loss: bool = True) -> Pack:
-    """Lay samples end to end. with_loss=False: a row without labels, to keep workers in step."""
+def collate(samples: Sequence[Sample]) -> Pack:
+    """Lay samples end to end."""
     import torch
 
     input_ids: list[int] = []
@@ -47,8 +47,6 @@ def collate(samples: Sequence[Sample], with_loss: bool = True) -> Pack:
         start = len(input_ids)
         input_ids += sample.input_ids
         position_ids += range(len(sample.input_ids))
-        if not with_loss:
-            continue
         for place, label in enumerate(sample.labels[1:], start):
             if label != IGNORE_INDEX:
                 places.append(place)
@@ -61,6 +59,11 @@ def collate(samples: Sequence[Sample], with_loss: bool = True) -> Pack:
         torch.tensor(targets, dtype=torch.long),
         tuple(sample.name for sample in samples),
     )
+
+
+def idle(sample: Sample) -> Pack:
+    """A row of one token without a label, for a worker that only keeps in step with the others."""
+    return collate([Sample(sample.name, sample.input_ids[:1], [IGNORE_INDEX])])
 
 
 def bins(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -86,7 +89,7 @@ def shares(lengths: Sequence[int], workers: int, capacity: int) -> list[list[lis
     """Divide a step's samples among workers: for each worker its bins, equally many for all.
 
     Samples go to the worker with the fewest tokens so far, longest first. Collectives run once per
-    bin, so all workers get the same number of bins; an empty bin means a row without loss.
+    bin, so all workers get the same number of bins; an empty bin means a row without loss (idle).
     """
     loads = [0] * workers
     members: list[list[int]] = [[] for _ in range(workers)]

@@ -14,7 +14,7 @@ from typing import Any
 
 from milm_ray.config import FinetuneSection
 from milm_ray.finetune import memory
-from milm_ray.finetune.packing import Pack, collate, shares
+from milm_ray.finetune.packing import Pack, collate, idle, shares
 from milm_ray.finetune.samples import Sample, Tokenised, hold_out, tokenise
 from milm_ray.finetune.schedule import Schedule
 
@@ -187,7 +187,4 @@ def progress_line(row: Mapping[str, Any], steps: int) -> str:
 def own_packs(samples: Sequence[Sample], rank: int, workers: int, pack_tokens: int) -> list[Pack]:
     """This worker's packs of an optimizer step's samples (see packing.shares)."""
     mine = shares([len(sample.input_ids) for sample in samples], workers, pack_tokens)[rank]
-    return [
-        collate([samples[i] for i in group]) if group else collate(samples[:1], with_loss=False)
-        for group in mine
-    ]
+    return [collate([samples[i] for i in group]) if group else idle(samples[0]) for group in mine]
