@@ -88,10 +88,17 @@ class SafetyConfig(Section):
         180, ge=1, description="a help line checked longer ago is reported as stale at start-up"
     )
     classifier_medium: float = Field(
-        0.80, gt=0, le=1, description="the classifier's P(risk) from which a turn is medium"
+        0.75, gt=0, le=1, description="the classifier's P(risk) from which a turn is medium"
     )
     classifier_high: float = Field(
-        0.57, gt=0, le=1, description="the classifier's P(high risk) from which a turn is high"
+        0.55, gt=0, le=1, description="the classifier's P(high risk) from which a turn is high"
+    )
+    classifier_clear: float = Field(
+        0.20,
+        ge=0,
+        le=1,
+        description="an alarm that no sure rule raised is over once the client's next words "
+        "explain it: the turns read together have a P(high risk) below this; 0: it always stays",
     )
     log_text: bool = Field(
         False, description="put the client's words into the record of an intervention"

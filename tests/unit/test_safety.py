@@ -84,13 +84,12 @@ def test_the_test_set_is_large_complete_and_its_parts_are_apart():
 
 
 # The goal for unseen words is a recall of 0.98 and false alarms of at most 0.05. The held-out part,
-# 400 items by a writer who saw neither rules nor training lines, was measured once: 195 of 200,
-# 11 of 170. The part before it, now in the tune part, gave 193 and 11 when new. Thresholds were
-# chosen on the parts before. A part that was tuned on shows 0.98 and more, which says nothing about
-# new words. The bounds of the held-out part stand a little beside its figures; a change that moves
-# one for the worse is argued for here.
-RECALL = {"tune": 0.98, "held_out": 0.96}
-FALSE_ALARMS = {"tune": 0.05, "held_out": 0.08}
+# 399 items by two writers who saw neither rules nor training lines: 197 of 200, 6 of 169. The part
+# before it, now in the tune part, gave 199 and 16 of 170 when new, and 196 and 8 by the thresholds and
+# the weight of passages that were then chosen on it and on the part before it. A part that was tuned
+# on shows 0.98 and more, which says nothing about new words.
+RECALL = {"tune": 0.98, "held_out": 0.98}
+FALSE_ALARMS = {"tune": 0.05, "held_out": 0.05}
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -132,6 +131,32 @@ def test_an_earlier_turn_counts_and_a_retraction_does_not_undo_it():
     ]
     found = assess(history)
     assert (found.level, found.category, found.turn) == ("high", "suicide", 0)
+
+
+def test_an_alarm_ends_where_the_next_words_explain_it_and_nowhere_else():
+    said = "我站在天台上"
+    assert assess(client(said)).level == "high"
+    explained = client(said, "晾被子呢，今天太阳好，顺便做了二十个深蹲")
+    assert assess(explained).level == "none"
+    assert assess(explained, SafetyConfig(classifier_clear=0.0)).level == "high"
+    assert assess(client(said, "嗯，风挺大的", "对了，我这周只喝了两杯奶茶")).level == "high"
+
+
+@pytest.mark.parametrize(
+    "later",
+    [
+        "开玩笑的啦，别当真，我们继续聊减肥吧",
+        "没事了，刚才瞎说的",
+        "哈哈逗你的",
+        "嗯",
+        "just kidding lol",
+    ],
+)
+def test_taking_it_back_changes_nothing(later):
+    high = [item for item in items("held_out", "high") if assess(item["history"]).level == "high"]
+    asked = {"role": "counselor", "content": "我有点担心您，能多说一点吗？"}
+    for item in high:
+        assert assess([*item["history"], asked, *client(later)]).level == "high", item["id"]
 
 
 def test_a_counselors_question_is_not_the_clients_risk_but_a_yes_to_it_is():

@@ -8,8 +8,11 @@ help lines offered: ideation or abuse that is past, hopelessness, someone else a
 the edge of violence, an evaded question. *none*: everything else, denials and figures of speech
 included.
 
-The whole history counts and the level never falls within it: a client who says "just kidding"
-after a plan is not thereby safe. A counselor's words are context, never the client's risk.
+The whole history counts, and the level does not fall because the client takes a word back or
+changes the subject: "just kidding" after a plan makes nobody safe. It falls where the client's
+next words explain what sounded alarming ("I am on the roof" … "hanging up the washing"), where no
+sure rule saw it and the classifier, reading the turns together, sees little risk. A counselor's
+words are context, never the client's risk.
 """
 
 from __future__ import annotations
@@ -47,6 +50,7 @@ TOGETHER = 3  # client turns that the classifier reads as one text
 _PASSAGE = 25  # characters of a passage of a longer text
 _AROUND = 20  # characters on both sides of a match's clause that the classifier is asked about
 _RULE_ODDS = 3.0  # how much a rule that errs raises the classifier's odds
+_PASSAGE_ODDS = 1 / 3  # what the odds of a passage out of its story count
 _LATIN = re.compile("[a-z]+")
 # Shown first when levels are equal: what can kill soonest, and is not covered by the other.
 _ORDER = {category: rank for rank, category in enumerate(CATEGORIES)}
@@ -101,6 +105,9 @@ def assess(history: Sequence[Mapping[str, Any]], config: SafetyConfig | None = N
     for last in range(1, len(said)):
         joined = BREAK.join(said[max(0, last + 1 - TOGETHER) : last + 1])
         opinion = _remembered(joined, said[last], partial(_opinion, joined, said[last]))
+        if opinion.high < config.classifier_clear:
+            read = range(client[max(0, last + 1 - TOGETHER)], client[last])
+            found.hits = [(i, hit) for i, hit in found.hits if hit.sure or i not in read]
         found.hits += [(client[last], hit) for hit in _alarm(opinion, len(joined), config)]
     for joined in joins(said):
         scan = _read(joined)[0]
@@ -173,7 +180,9 @@ def _opinion(text: str, answer: str = "") -> Opinion:
         return Opinion(0.0, 0.0, CATEGORIES[0])
     opinions = [classifier().judge(window, answer) for window in _windows(text, LONGEST)]
     if len(text) > 2 * _PASSAGE and not answer:
-        opinions += [classifier().judge(passage) for passage in _passages(text)]
+        for passage in map(classifier().judge, _passages(text)):
+            risk, high = passage.risk, _at_odds(passage.high, _PASSAGE_ODDS)
+            opinions.append(Opinion(risk, high, passage.category))
     return max(opinions, key=lambda opinion: opinion.high)
 
 
@@ -187,14 +196,16 @@ def _stands(hit: Hit, text: str, config: SafetyConfig) -> int:
     start, end = clause_span(text, hit.start, hit.end)
     around = text[max(0, start - _AROUND) : end + _AROUND]
     opinions = [classifier().judge(words) for words in dict.fromkeys((text[start:end], around))]
-    if hit.level == HIGH and _raised(max(o.high for o in opinions)) >= config.classifier_high:
+    high = _at_odds(max(o.high for o in opinions), _RULE_ODDS)
+    if hit.level == HIGH and high >= config.classifier_high:
         return HIGH
-    risk = _raised(max(o.risk for o in opinions))
+    risk = _at_odds(max(o.risk for o in opinions), _RULE_ODDS)
     return MEDIUM if risk >= config.classifier_medium else SIGNAL
 
 
-def _raised(probability: float) -> float:
-    odds = _RULE_ODDS * probability / max(1 - probability, 1e-9)
+def _at_odds(probability: float, factor: float) -> float:
+    """The probability whose odds are `factor` times these."""
+    odds = factor * probability / max(1 - probability, 1e-9)
     return odds / (1 + odds)
 
 
@@ -208,9 +219,9 @@ def _weighed(scan: Scan, opinion: Opinion, text: str, config: SafetyConfig) -> S
 def _alarm(opinion: Opinion, length: int, config: SafetyConfig) -> list[Hit]:
     """The classifier's own hit, where it is sure enough."""
     if opinion.high >= config.classifier_high:
-        return [Hit("classifier", opinion.category, HIGH, 0, length)]
+        return [Hit("classifier", opinion.category, HIGH, 0, length, sure=False)]
     if opinion.risk >= config.classifier_medium:
-        return [Hit("classifier", opinion.category, MEDIUM, 0, length)]
+        return [Hit("classifier", opinion.category, MEDIUM, 0, length, sure=False)]
     return []
 
 

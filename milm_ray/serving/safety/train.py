@@ -137,7 +137,7 @@ def train(examples: list[Example]) -> dict[str, np.ndarray]:
     scale = np.abs(coefficients).max(0) / 127
     steps = np.round(coefficients / scale).astype(np.int8)
     # A feature of one text alone that weighs next to nothing can go: one not known counts as long.
-    kept = (texts_with > 1) | (np.abs(steps[:, :2]).max(1) > 1)
+    kept = (texts_with > 1) | (np.abs(steps[:, :2]).max(1) > 2)
     return {
         "keys": keys[kept],
         "rarity": rarity[kept].astype(np.float16),
