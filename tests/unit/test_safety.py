@@ -85,9 +85,9 @@ def test_the_test_set_is_large_complete_and_its_parts_are_apart():
 
 # The goal for unseen words is a recall of 0.98 and false alarms of at most 0.05. The held-out part,
 # 399 items by two writers who saw neither rules nor training lines: 197 of 200, 6 of 169. The part
-# before it, now in the tune part, gave 199 and 16 of 170 when new, and 196 and 8 by the thresholds and
-# the weight of passages that were then chosen on it and on the part before it. A part that was tuned
-# on shows 0.98 and more, which says nothing about new words.
+# before it, now in the tune part, gave 199 and 16 of 170 when new, and 196 and 8 by the thresholds
+# and the weight of passages that were then chosen on it and on the one before. A part that was
+# tuned on shows 0.98 and more, which says nothing about new words.
 RECALL = {"tune": 0.98, "held_out": 0.98}
 FALSE_ALARMS = {"tune": 0.05, "held_out": 0.05}
 
