@@ -103,11 +103,12 @@ def assess(history: Sequence[Mapping[str, Any]], config: SafetyConfig | None = N
     _add_answers(found, texts)
     said = [texts[index][1] for index in client]
     for last in range(1, len(said)):
-        joined = BREAK.join(said[max(0, last + 1 - TOGETHER) : last + 1])
+        first = max(0, last + 1 - TOGETHER)
+        joined = BREAK.join(said[first : last + 1])
         opinion = _remembered(joined, said[last], partial(_opinion, joined, said[last]))
         if opinion.high < config.classifier_clear:
-            read = range(client[max(0, last + 1 - TOGETHER)], client[last])
-            found.hits = [(i, hit) for i, hit in found.hits if hit.sure or i not in read]
+            explained = range(client[first], client[last])
+            found.hits = [(i, hit) for i, hit in found.hits if hit.sure or i not in explained]
         found.hits += [(client[last], hit) for hit in _alarm(opinion, len(joined), config)]
     for joined in joins(said):
         scan = _read(joined)[0]
