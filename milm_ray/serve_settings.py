@@ -93,13 +93,6 @@ class SafetyConfig(Section):
     classifier_high: float = Field(
         0.55, gt=0, le=1, description="the classifier's P(high risk) from which a turn is high"
     )
-    classifier_clear: float = Field(
-        0.20,
-        ge=0,
-        le=1,
-        description="an alarm that no sure rule raised is over once the client's next words "
-        "explain it: the turns read together have a P(high risk) below this; 0: it always stays",
-    )
     log_text: bool = Field(
         False, description="put the client's words into the record of an intervention"
     )

@@ -138,7 +138,7 @@ def test_a_full_dialogue_by_keyboard_survives_a_killed_server_and_exports_as_a_s
     again = PageServer(config_path)
     try:
         page = opened(browser, again, "anna")
-        assert page.locator(".u .code").all_text_contents() == saved_codes
+        expect(page.locator(".u .code")).to_have_text(saved_codes)  # once the dialogue has come
         expect(page.locator("#target")).to_have_value("早点睡")
         expect(page.locator("#empathy-4")).to_be_checked()
         page.get_by_role("button", name="完成这段对话").click()
@@ -170,7 +170,8 @@ def test_two_coders_are_adjudicated_and_do_not_see_each_other(
     browser: Browser, study: tuple[Path, Workspace], server: PageServer
 ) -> None:
     page = opened(browser, server, "ben")
-    assert "CR" not in page.locator(".u .code").all_text_contents()
+    expect(page.locator(".u").first).to_be_visible()
+    expect(page.locator(".u .code", has_text="CR")).to_have_count(0)
     code_everything(page, 2)
     page.get_by_role("button", name="完成这段对话").click()
     expect(page.locator("#items .done")).to_have_count(1)

