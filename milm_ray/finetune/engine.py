@@ -99,8 +99,7 @@ def with_lora(
     tuned = get_peft_model(model, config, autocast_adapter_dtype=settings.zero_stage != 3)
     if settings.zero_stage != 3 and not settings.lora.dropout:
         lora.fuse(tuned)
-    if torch.cuda.is_available():
-        fuse_layers(model)
+    fuse_layers(model)
     tuned.train()
     return tuned
 

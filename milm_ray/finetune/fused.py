@@ -1,9 +1,9 @@
-"""A decoder layer's norms, gated MLP and rotary embedding as one kernel each, on CUDA.
+"""A decoder layer's norms, gated MLP and rotary embedding in fewer passes through the memory.
 
-transformers writes them as chains of elementwise operations: each is a pass through the GPU's
-memory, and the fp32 copies in between stay there until the backward pass. Liger-Kernel's Triton
-kernels do the same sums in one pass and keep the input only; that is what lets an 8B model train
-on 80 GB without computing its layers twice (benchmarks/gpu_step.py).
+transformers writes them as chains of elementwise operations: each is a pass, and the fp32 copies in
+between stay until the backward pass. On CUDA Liger-Kernel's Triton kernels do the same sums in one
+pass and keep the input only; that is what lets an 8B model train on 80 GB without computing its
+layers twice (benchmarks/gpu_step.py). On a CPU elementwise.py writes the gradients out.
 """
 
 from __future__ import annotations
@@ -18,33 +18,43 @@ _TURNS_HALVES = ("llama", "qwen2", "qwen3", "mistral")
 
 
 def fuse_layers(model: Any) -> int:
-    """Give a transformers decoder on CUDA the fused kernels; returns how many modules took one.
+    """Give a transformers decoder the fused kernels of its device; returns how many modules took
+    one.
 
-    Modules of another form than Llama's and GLM's stay as they are.
+    Modules of another form than Llama's and GLM's stay as they are, and on a CPU all that are not
+    in fp32.
     """
-    from liger_kernel.transformers.rope import liger_rotary_pos_emb
-
+    on_gpu = torch.cuda.is_available()
+    if not on_gpu and model.dtype != torch.float32:
+        return 0
     taken = 0
     for module in model.modules():
-        forward = _rms_norm(module) or _gated_mlp(module)
+        forward = _rms_norm(module, on_gpu) or (_gated_mlp(module) if on_gpu else None)
         if forward is not None:
             module.forward = forward
             taken += 1
     if model.config.model_type in _TURNS_HALVES:
+        if on_gpu:
+            from liger_kernel.transformers.rope import liger_rotary_pos_emb as rotary
+        else:
+            from milm_ray.finetune.elementwise import apply_rotary as rotary
         # The attention finds the function in its own module; there is no other handle.
         modeling = importlib.import_module(type(model).__module__)
-        modeling.apply_rotary_pos_emb = liger_rotary_pos_emb  # type: ignore[attr-defined]
+        modeling.apply_rotary_pos_emb = rotary  # type: ignore[attr-defined]
     return taken
 
 
-def _rms_norm(module: Any) -> Any:
+def _rms_norm(module: Any, on_gpu: bool) -> Any:
     """Llama's RMSNorm: the root mean square in fp32, the product with the weight in its dtype."""
     if not type(module).__name__.endswith("RMSNorm") or not hasattr(module, "variance_epsilon"):
         return None
-    from liger_kernel.ops.rms_norm import LigerRMSNormFunction
+    if on_gpu:
+        from liger_kernel.ops.rms_norm import LigerRMSNormFunction as Norm
+    else:
+        from milm_ray.finetune.elementwise import RmsNorm as Norm
 
     def forward(x: torch.Tensor) -> Any:
-        return LigerRMSNormFunction.apply(x, module.weight, module.variance_epsilon)
+        return Norm.apply(x, module.weight, module.variance_epsilon)
 
     return forward
 

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from milm_ray.finetune import lora
-from milm_ray.finetune.attention import use_packed_attention
+from milm_ray.finetune.attention import BlockAttention, use_packed_attention
+from milm_ray.finetune.elementwise import RmsNorm, Rotary
+from milm_ray.finetune.fused import fuse_layers
 from milm_ray.finetune.packing import bins, collate, idle
 from milm_ray.finetune.samples import Sample
 from milm_ray.finetune.step import PackedLoss, pack_loss
@@ -46,11 +48,19 @@ def phi3():
     return Phi3ForCausalLM(Phi3Config(**SIZE, pad_token_id=0))
 
 
-def samples(count=8, seed=3):
+@pytest.fixture
+def plain_llama(monkeypatch):
+    """What fuse_layers sets for transformers' whole module is set back after the test."""
+    from transformers.models.llama import modeling_llama
+
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", modeling_llama.apply_rotary_pos_emb)
+
+
+def samples(count=8, seed=3, lengths=(5, 60)):
     draw = random.Random(seed)
     made = []
     for number in range(count):
-        length = draw.randrange(5, 60)
+        length = draw.randrange(*lengths)
         ids = [draw.randrange(VOCAB) for _ in range(length)]
         labels = [i if draw.random() < 0.5 else IGNORE_INDEX for i in ids]
         labels[-1] = ids[-1]
@@ -85,10 +95,13 @@ def gradients(model):
 )
 @pytest.mark.parametrize("capacity", [10**6, 100])
 @pytest.mark.parametrize("fused", [True, False])
-def test_packed_gradients_equal_batch_1_accumulation_8(build, targets, capacity, fused):
+def test_packed_gradients_equal_batch_1_accumulation_8(
+    build, targets, capacity, fused, plain_llama
+):
     torch.manual_seed(0)
     model = with_lora(build(), targets)
-    data = samples()
+    # One is longer than a block of the attention.
+    data = [*samples(7), *samples(1, lengths=(300, 301))]
     total = sum(sample.label_tokens for sample in data)
 
     # transformers' Trainer: one sample per forward pass, full logits, its num_items_in_batch loss.
@@ -104,7 +117,9 @@ def test_packed_gradients_equal_batch_1_accumulation_8(build, targets, capacity,
     expected = gradients(model)
 
     use_packed_attention(model)
-    assert not fused or lora.fuse(model) == 2 * len(targets)
+    if fused:
+        assert lora.fuse(model) == 2 * len(targets)
+        assert fuse_layers(model.get_base_model()) == 2 * 2 + 1  # the norms
     module = PackedLoss(model)
     packed = 0.0
     for group in bins([len(sample.input_ids) for sample in data], capacity):
@@ -119,6 +134,47 @@ def test_packed_gradients_equal_batch_1_accumulation_8(build, targets, capacity,
     for name, gradient in expected.items():
         difference = (found[name] - gradient).norm() / gradient.norm()
         assert difference < 1e-5, name
+
+
+def test_gradients_that_are_written_out_are_the_derivatives():
+    torch.manual_seed(0)
+    x, cos, sin = (torch.randn(1, heads, 5, 8, dtype=torch.double) for heads in (3, 1, 1))
+    weight = torch.randn(8, dtype=torch.double)
+    x.requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: RmsNorm.apply(x, weight, 1e-5), x)
+    assert torch.autograd.gradcheck(lambda x: Rotary.apply(x, cos, sin), x)
+
+
+@pytest.mark.parametrize("lengths", [(128,), (1, 127, 129, 300), (257, 2)])
+def test_attention_by_blocks_is_torchs_attention(lengths):
+    torch.manual_seed(0)
+    parts = [torch.randn(2, sum(lengths), 8).requires_grad_() for _ in range(3)]
+    upstream = torch.randn(sum(lengths), 2, 8)
+    found = BlockAttention.apply(*parts, lengths, 0.3)
+    ours = torch.autograd.grad(found, parts, upstream)
+
+    split = zip(*(part.split(lengths, 1) for part in parts), strict=True)
+    attention = torch.nn.functional.scaled_dot_product_attention
+    rows = [attention(*qkv, is_causal=True, scale=0.3) for qkv in split]
+    expected = torch.cat(rows, 1).transpose(0, 1)
+    torch.testing.assert_close(found, expected)
+    for one, other in zip(ours, torch.autograd.grad(expected, parts, upstream), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("targets", [["q_proj"], ["k_proj", "v_proj"], ["gate_proj", "up_proj"]])
+def test_layers_that_share_an_input_may_be_asked_in_any_order_and_for_any_input(targets):
+    torch.manual_seed(0)
+    model = with_lora(llama(), targets)
+    first = model.get_base_model().model.layers[0]
+    layers = [part for name, part in first.named_modules() if name.split(".")[-1] in targets]
+    inputs = [torch.randn(1, 3, 32) for _ in range(2)]
+    expected = [[layer(x) for x in inputs] for layer in layers]
+    lora.fuse(model)
+    for order in (layers, layers[::-1]):
+        for layer in order:
+            for x, right in zip(inputs, expected[layers.index(layer)], strict=True):
+                torch.testing.assert_close(layer(x), right)
 
 
 def test_a_sample_does_not_see_its_neighbours():
