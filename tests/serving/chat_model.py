@@ -2,8 +2,8 @@
 
     python tests/serving/chat_model.py --log asked.jsonl
 
-慢 answers slowly, 药 names a drug, 断 breaks off once in mid-reply, 忙 is too busy once, 拒
-refuses.
+慢 answers slowly, and with 停 besides falls silent after four sentences, once; 药 names a drug, 断
+breaks off once in mid-reply, 忙 is too busy once, 拒 refuses.
 Prints its port when it listens; every question is logged.
 """
 
@@ -58,11 +58,16 @@ class Model:
             sentences = SLOW
         if "药" in said:
             sentences = [SAID, DRUG, ASKED]
-        cut = "断" in said and not again
-        return await self.stream(request, sentences, 10 if "慢" in said else 1, cut)
+        cut, stuck = (word in said and not again for word in "断停")
+        return await self.stream(request, sentences, 10 if "慢" in said else 1, cut, stuck)
 
     async def stream(
-        self, request: web.Request, sentences: list[str], slower: int = 1, cut: bool = False
+        self,
+        request: web.Request,
+        sentences: list[str],
+        slower: int = 1,
+        cut: bool = False,
+        stuck: bool = False,
     ) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
@@ -74,6 +79,8 @@ class Model:
             if cut and number == 1 and request.transport:
                 request.transport.close()
                 return response
+            if stuck and number == 3:  # whoever is being answered is still waiting, however late
+                await asyncio.sleep(3600)
         await self.write(response, {}, "stop")
         await response.write(b"data: [DONE]\n\n")
         return response

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 import uuid
@@ -48,10 +49,11 @@ class ModelServer:
 
 
 class ChatServer:
-    """One replica of the chat. Settings as in ChatSection; options: keys_file, port."""
+    """One replica of the chat. Settings as in ChatSection; options: keys_file, port, lease_s."""
 
     def __init__(self, database: str, model: ModelServer, **options: Any) -> None:
-        known = {name: options.pop(name) for name in ("keys_file", "port") if name in options}
+        names = ("keys_file", "port", "lease_s")
+        known = {name: options.pop(name) for name in names if name in options}
         settings = {"models_url": model.url, **options}
         if database.startswith(("sqlite:", "postgresql:")):
             settings["database"] = database
@@ -72,7 +74,8 @@ class ChatServer:
 
     def terminate(self) -> None:
         self.process.terminate()
-        self.process.join(20)
+        self.process.join(120)
+        assert self.process.exitcode is not None, "the chat did not end"
 
     def __enter__(self) -> ChatServer:
         return self
@@ -93,7 +96,15 @@ class Person:
         self.session = ""
 
     def call(self, method: str, path: str, body: Any = None, timeout: float = 60) -> Any:
-        """(status, JSON or text)"""
+        """(status, JSON or text). Where the service asks for patience it is given half a minute."""
+        for _ in range(30):
+            status, answer = self._call(method, path, body, timeout)
+            if not _asks_for_patience(status, answer):
+                break
+            time.sleep(1)
+        return status, answer
+
+    def _call(self, method: str, path: str, body: Any, timeout: float) -> Any:
         data = body if isinstance(body, bytes | None) else json.dumps(body).encode()
         headers = {**self.headers, "Content-Type": "application/json"}
         request = urllib.request.Request(self.url + path, data, headers, method=method)
@@ -131,6 +142,11 @@ class Person:
     def say(self, text: str) -> dict[str, Any]:
         return self.reply(self.send(text))
 
+    def wait_for_words(self, words: str) -> None:
+        """Wait until the last reply, which is still being written, holds these words."""
+        while words not in self.messages()[-1]["content"]:
+            time.sleep(0.05)
+
     def get(self) -> dict[str, Any]:
         status, session = self.call("GET", f"api/sessions/{self.session}")
         assert status == 200, session
@@ -138,6 +154,14 @@ class Person:
 
     def messages(self) -> list[dict[str, Any]]:
         return self.get()["messages"]
+
+
+def _asks_for_patience(status: int, answer: Any) -> bool:
+    """The database, or the model's list, did not answer in time: as on a disk that is slow."""
+    if isinstance(answer, str):
+        return 'data: {"error": "database"}' in answer
+    error = answer.get("error", {}) if status == 503 else {}
+    return error.get("code") in ("database", "no_model")
 
 
 def _decoded(data: bytes) -> Any:

@@ -12,6 +12,7 @@ from typing import Any
 import uvicorn
 
 from milm_ray.serve_settings import ChatSection
+from milm_ray.serving.chat import store
 from milm_ray.serving.chat.app import create_app
 
 
@@ -24,6 +25,7 @@ def run(options: dict[str, Any], started: Connection) -> None:
 
 
 async def _serve(options: dict[str, Any], started: Connection) -> None:
+    store.LEASE_S = options.get("lease_s", store.LEASE_S)
     listener = socket.socket()
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listener.bind(("127.0.0.1", options.get("port", 0)))

@@ -19,6 +19,7 @@ def _tool(name: str) -> str | None:
 
 INITDB, SERVER = _tool("initdb"), _tool("postgres")
 INSTALLED = INITDB is not None and SERVER is not None
+_READY = "ready to accept connections"
 
 
 class Postgres:
@@ -42,21 +43,25 @@ class Postgres:
     def start(self) -> None:
         command = [str(SERVER), "-D", str(self.folder / "data"), "-p", str(self.port)]
         command += ["-h", "127.0.0.1", "-k", str(self.folder), "-c", "shared_buffers=16MB"]
-        log = (self.folder / "log").open("ab")
-        self.process = subprocess.Popen(command, stdout=log, stderr=log, **self.user)
-        for _ in range(300):
-            try:
-                socket.create_connection(("127.0.0.1", self.port), 1).close()
-                return
-            except OSError:
-                assert self.process.poll() is None, (self.folder / "log").read_text()
-                time.sleep(0.1)
-        raise AssertionError("PostgreSQL did not start")
+        command += ["-c", "lc_messages=C"]
+        before = self._log().count(_READY)
+        with (self.folder / "log").open("ab") as log:
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, **self.user)
+        # Its port answers before, while it still goes through what a crash has left.
+        deadline = time.time() + 300
+        while self._log().count(_READY) == before:
+            assert self.process.poll() is None, self._log()
+            assert time.time() < deadline, f"PostgreSQL did not start\n{self._log()}"
+            time.sleep(0.1)
 
     def stop(self, how: signal.Signals = signal.SIGQUIT) -> None:
         """SIGQUIT: at once, without goodbye, as in a crash of the server."""
         self.process.send_signal(how)
-        self.process.wait(30)
+        self.process.wait(120)
+
+    def _log(self) -> str:
+        file = self.folder / "log"
+        return file.read_text(errors="replace") if file.exists() else ""
 
     def close(self) -> None:
         if self.process.poll() is None:
