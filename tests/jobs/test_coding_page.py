@@ -17,11 +17,13 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from milm_ray.miti import codings, study_packet
 from milm_ray.miti.coding_scheme import GLOBAL_NAMES
+from milm_ray.miti.coding_store import CodingStore
 from milm_ray.miti.sheet import read_csv
 from milm_ray.workspace import Workspace
-from tests.browser import CHROMIUM, needs_chromium
+from tests.browser import CHROMIUM, TIMEOUT_MS, needs_chromium
 
 ROOT = Path(__file__).parents[2]
+Study = tuple[Path, Workspace]
 pytestmark = [
     pytest.mark.slow,
     needs_chromium,
@@ -49,11 +51,15 @@ class PageServer:
         self.process.kill()
         self.process.wait()
 
+    def __enter__(self) -> PageServer:
+        return self
 
-@pytest.fixture(scope="module")
-def study(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Workspace]:
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+
+
+def make_study(folder: Path) -> Study:
     """A packet of two dialogues, one of each model."""
-    folder = tmp_path_factory.mktemp("coding")
     config = config_of(folder, "simulate.sessions=1", "simulate.max_rounds=3")
     ws, _ = with_sessions(config)
     study_packet.run(config, ws)
@@ -61,8 +67,32 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Workspace]:
 
 
 @pytest.fixture(scope="module")
-def browser(study: tuple[Path, Workspace]) -> Iterator[Browser]:
-    # After the study: Playwright keeps an event loop running in this thread.
+def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
+    return make_study(tmp_path_factory.mktemp("coding"))
+
+
+@pytest.fixture(scope="module")
+def coded_study(tmp_path_factory: pytest.TempPathFactory) -> Study:
+    """Another, of which anna has finished both dialogues; her first utterance is a CR."""
+    path, ws = make_study(tmp_path_factory.mktemp("coded"))
+    items = study_packet.load_items(ws)
+    store = CodingStore.of(ws, items)
+    for item in items:
+        spoken = [volley for volley in item.volleys if volley.role == "counselor"]
+        places = [(v.number, n + 1) for v in spoken for n in range(len(v.utterances))]
+        for row, place in enumerate(places):
+            code = "CR" if (item, row) == (items[0], 0) else ("SR", "Q")[row % 2]
+            store.set_code("anna", item.item_id, *place, code)
+        for name in GLOBAL_NAMES:
+            store.set_score("anna", item.item_id, name, 4)
+        store.set_text("anna", item.item_id, "target_behavior", "早点睡")
+        store.finish("anna", item.item_id)
+    return path, ws
+
+
+@pytest.fixture(scope="module")
+def browser(study: Study, coded_study: Study) -> Iterator[Browser]:
+    # After the studies: Playwright keeps an event loop running in this thread.
     with sync_playwright() as playwright:
         started = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield started
@@ -70,15 +100,14 @@ def browser(study: tuple[Path, Workspace]) -> Iterator[Browser]:
 
 
 @pytest.fixture
-def server(study: tuple[Path, Workspace]) -> Iterator[PageServer]:
-    started = PageServer(study[0])
-    yield started
-    started.kill()
+def server(study: Study) -> Iterator[PageServer]:
+    with PageServer(study[0]) as started:
+        yield started
 
 
 def opened(browser: Browser, server: PageServer, coder: str) -> Page:
     page = browser.new_context(viewport={"width": 1280, "height": 900}).new_page()
-    page.set_default_timeout(30_000)
+    page.set_default_timeout(TIMEOUT_MS)
     page.on("pageerror", lambda error: pytest.fail(str(error)))
     page.goto(server.url)
     page.get_by_role("button", name=coder, exact=True).click()
@@ -109,7 +138,7 @@ def code_everything(page: Page, score: int) -> None:
 
 
 def test_a_full_dialogue_by_keyboard_survives_a_killed_server_and_exports_as_a_sheet(
-    browser: Browser, study: tuple[Path, Workspace], server: PageServer, tmp_path: Path
+    browser: Browser, study: Study, server: PageServer, tmp_path: Path
 ) -> None:
     config_path, ws = study
     page = opened(browser, server, "anna")
@@ -135,14 +164,15 @@ def test_a_full_dialogue_by_keyboard_survives_a_killed_server_and_exports_as_a_s
     expect(page.locator(".u .code").nth(0)).to_have_text("CR")
     page.context.close()
 
-    again = PageServer(config_path)
-    try:
+    with PageServer(config_path) as again:
         page = opened(browser, again, "anna")
         expect(page.locator(".u .code")).to_have_text(saved_codes)  # once the dialogue has come
         expect(page.locator("#target")).to_have_value("早点睡")
         expect(page.locator("#empathy-4")).to_be_checked()
+        expect(page.locator("#dialogue")).to_be_focused()
         page.get_by_role("button", name="完成这段对话").click()
         expect(page.locator("#name")).to_have_text("item-02")
+        expect(page.locator("#target")).to_be_focused()
         page.get_by_role("button", name="完成这段对话").click()
         expect(page.locator("#message")).to_contain_text("还缺：要改变的行为、培育改变语句")
         code_everything(page, 2)
@@ -162,41 +192,39 @@ def test_a_full_dialogue_by_keyboard_survives_a_killed_server_and_exports_as_a_s
         page.get_by_role("button", name="English").click()
         expect(page.locator("legend").first).to_have_text("Cultivating change talk")
         page.context.close()
-    finally:
-        again.kill()
 
 
 def test_two_coders_are_adjudicated_and_do_not_see_each_other(
-    browser: Browser, study: tuple[Path, Workspace], server: PageServer
+    browser: Browser, coded_study: Study
 ) -> None:
-    page = opened(browser, server, "ben")
-    expect(page.locator(".u").first).to_be_visible()
-    expect(page.locator(".u .code", has_text="CR")).to_have_count(0)
-    code_everything(page, 2)
-    page.get_by_role("button", name="完成这段对话").click()
-    expect(page.locator("#items .done")).to_have_count(1)
-    page.context.close()
+    with PageServer(coded_study[0]) as server:
+        page = opened(browser, server, "ben")
+        expect(page.locator(".u").first).to_be_visible()
+        expect(page.locator(".u .code", has_text="CR")).to_have_count(0)
+        code_everything(page, 2)
+        page.get_by_role("button", name="完成这段对话").click()
+        expect(page.locator("#items .done")).to_have_count(1)
+        page.context.close()
 
-    page = opened(browser, server, "裁定")
-    expect(page.locator("#items button").nth(1)).to_be_disabled()  # ben has not finished it
-    expect(page.locator(".u.differ")).to_have_count(1)
-    expect(page.locator(".u .others").first).to_have_text("anna: CR　ben: SR")
-    page.get_by_role("button", name="采用一致的编码与评分").click()
-    expect(page.locator(".u .code", has_text="–")).to_have_count(1)
-    page.locator(".u").nth(0).click()
-    page.keyboard.press("c")
-    expect(page.locator(".u .code").nth(0)).to_have_text("CR")
-    page.context.close()
+        page = opened(browser, server, "裁定")
+        expect(page.locator("#items button").nth(1)).to_be_disabled()  # ben has not finished it
+        expect(page.locator(".u.differ")).to_have_count(1)
+        expect(page.locator(".u .others").first).to_have_text("anna: CR　ben: SR")
+        expect(page.locator("#target")).to_be_focused()
+        page.get_by_role("button", name="采用一致的编码与评分").click()
+        expect(page.locator(".u .code", has_text="–")).to_have_count(1)
+        page.locator(".u").nth(0).click()
+        page.keyboard.press("c")
+        expect(page.locator(".u .code").nth(0)).to_have_text("CR")
+        page.context.close()
 
 
-def test_the_page_is_for_this_machine_and_this_page_alone(
-    study: tuple[Path, Workspace], server: PageServer
-) -> None:
+def test_the_page_is_for_this_machine_and_this_page_alone(study: Study, server: PageServer) -> None:
     def status(headers: dict[str, str], body: bytes | None = None) -> int:
         path = "api/change" if body else "api/scheme"
         request = urllib.request.Request(server.url + path, body, headers)
         try:
-            return urllib.request.urlopen(request, timeout=10).status
+            return urllib.request.urlopen(request, timeout=60).status
         except urllib.error.HTTPError as error:
             return error.code
 

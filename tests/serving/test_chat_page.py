@@ -11,7 +11,7 @@ import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from milm_ray.serving import keys
-from tests.browser import CHROMIUM, needs_chromium
+from tests.browser import CHROMIUM, TIMEOUT_MS, needs_chromium
 from tests.serving.chat_model import SLOW
 from tests.serving.chat_processes import ChatServer, ModelServer
 
@@ -20,7 +20,6 @@ pytestmark = [
     needs_chromium,
 ]
 PHONE = {"width": 360, "height": 640}
-TIMEOUT_MS = 30_000
 
 
 @pytest.fixture(scope="module")
@@ -80,8 +79,8 @@ def say(page: Page, text: str) -> None:
 
 def replied(page: Page, replies: int) -> None:
     """Wait until so many replies are there, whole."""
-    expect(page.locator("#log .counselor")).to_have_count(replies, timeout=TIMEOUT_MS)
-    expect(page.get_by_role("button", name="发送")).to_be_enabled(timeout=TIMEOUT_MS)
+    expect(page.locator("#log .counselor")).to_have_count(replies)
+    expect(page.get_by_role("button", name="发送")).to_be_enabled()
 
 
 def test_a_whole_conversation_by_keyboard(page: Page, folder: Path) -> None:
@@ -146,7 +145,7 @@ def test_a_reload_in_mid_reply_goes_on_and_says_nothing_twice(
 ) -> None:
     begin(page)
     say(page, "慢慢来，我不急")
-    expect(page.locator("#log .counselor")).to_contain_text(SLOW[2], timeout=TIMEOUT_MS)
+    expect(page.locator("#log .counselor")).to_contain_text(SLOW[2])
     page.reload()
     replied(page, 1)
     expect(page.locator("#log .counselor .said")).to_have_text("".join(SLOW))
@@ -170,13 +169,13 @@ def test_a_page_closed_before_its_message_arrived_sends_it_once_when_opened_agai
 
 def test_stop_and_reply_again(page: Page) -> None:
     begin(page)
-    say(page, "慢一点说")
-    expect(page.locator("#log .counselor")).to_contain_text(SLOW[0], timeout=TIMEOUT_MS)
+    say(page, "慢一点说，停")
+    expect(page.locator("#log .counselor")).to_contain_text(SLOW[0])
     page.get_by_role("button", name="停止回复").click()
     replied(page, 1)
     expect(page.locator("#log .counselor .note")).to_have_text("已停止")
     page.get_by_role("button", name="重新回复").click()
-    expect(page.locator("#log .counselor .said")).to_have_text("".join(SLOW), timeout=TIMEOUT_MS)
+    expect(page.locator("#log .counselor .said")).to_have_text("".join(SLOW))
 
 
 def test_a_forbidden_reply_never_appears_in_the_page(page: Page) -> None:
@@ -231,6 +230,7 @@ def test_a_key_is_asked_for_once(browser: Browser, folder: Path, model: ModelSer
     secret = keys.add(file, "study")
     with ChatServer(str(folder / "keyed.sqlite3"), model, keys_file=str(file)) as server:
         page = browser.new_page(viewport=PHONE)
+        page.set_default_timeout(TIMEOUT_MS)
         page.goto(server.url)
         page.get_by_label("访问密钥").fill("wrong")
         page.get_by_role("button").click()
@@ -250,12 +250,13 @@ def test_a_chat_server_that_dies_and_comes_back_is_waited_for(
     place = str(folder / "reborn.sqlite3")
     with ChatServer(place, model) as first:
         page = browser.new_page(viewport=PHONE)
+        page.set_default_timeout(TIMEOUT_MS)
         page.goto(first.url)
         begin(page)
-        say(page, "慢慢说给我听")
-        expect(page.locator("#log .counselor")).to_contain_text(SLOW[1], timeout=TIMEOUT_MS)
+        say(page, "慢慢说给我听，停")
+        expect(page.locator("#log .counselor")).to_contain_text(SLOW[1])
         first.kill()
-    expect(page.get_by_role("status")).to_contain_text("正在重试", timeout=TIMEOUT_MS)
+    expect(page.get_by_role("status")).to_contain_text("正在重试")
     with ChatServer(place, model, port=first.port):
         replied(page, 1)
         expect(page.locator("#log .counselor .said")).to_have_text("".join(SLOW))
