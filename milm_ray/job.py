@@ -27,6 +27,7 @@ from milm_ray.nodes import check_reach
 from milm_ray.workspace import Workspace
 
 log = logging.getLogger("milm_ray")
+SLOW_START = "timed out during startup"  # Ray's words; it has no type of error for it
 
 
 @dataclass(frozen=True)
@@ -171,13 +172,24 @@ def connect(config: Config) -> None:
         _end_on_sigterm()  # Ray has just set its own
         check_reach(Workspace.open(config.workspace))
         return
-    ray.init(
-        address="local",
-        num_cpus=config.ray.num_cpus,
-        include_dashboard=config.ray.dashboard,
-        logging_level=logging.WARNING,
-    )
+    start_ray(num_cpus=config.ray.num_cpus, include_dashboard=config.ray.dashboard)
     _end_on_sigterm()
+
+
+def start_ray(**options: Any) -> Any:
+    """`ray.init` of a local cluster; a start that takes longer than Ray waits is tried again."""
+    import ray
+
+    for last in (False, False, True):
+        try:
+            return ray.init(address="local", logging_level=logging.WARNING, **options)
+        except Exception as error:
+            if last or SLOW_START not in str(error):
+                raise
+            # What it has started for nothing ends with this process.
+            log.warning("Ray did not start within its 30 s; the machine is slow, trying again")
+            ray.shutdown()
+    raise AssertionError("unreachable")
 
 
 def _end_on_sigterm() -> None:

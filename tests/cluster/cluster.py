@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 from ray.cluster_utils import Cluster
 
+from milm_ray.job import SLOW_START
 from tests.processes import command_of
 
 ROOT = Path(__file__).parents[2]
@@ -29,19 +30,18 @@ class Nodes:
     """A head that has no CPUs of its own, as in cluster.yaml, and nodes by name."""
 
     def __init__(self) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="ray")  # sockets want a short path
+        # Sockets want a short path; what dies late may still write there.
+        self._folder = tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True)
         Path(self._folder.name, "ray").mkdir()
         self._before = dict(os.environ)
         os.environ.update(ENVIRONMENT, RAY_TMPDIR=self._folder.name)
-        self._cluster = Cluster(
-            initialize_head=True,
-            head_node_args={
-                "num_cpus": 0,
-                "object_store_memory": _STORE_BYTES,
-                "include_dashboard": False,
-            },
+        self._cluster = Cluster()
+        head = _started(
+            lambda: self._cluster.add_node(
+                num_cpus=0, object_store_memory=_STORE_BYTES, include_dashboard=False
+            )
         )
-        self._nodes: dict[str, Any] = {"head": self._cluster.head_node}
+        self._nodes: dict[str, Any] = {"head": head}
 
     @property
     def address(self) -> str:
@@ -50,8 +50,10 @@ class Nodes:
     def add(self, *names: str) -> None:
         """Start nodes with one CPU each."""
         for name in names:
-            self._nodes[name] = self._cluster.add_node(
-                num_cpus=1, resources={name: 1}, object_store_memory=_STORE_BYTES
+            self._nodes[name] = _started(
+                lambda name=name: self._cluster.add_node(
+                    num_cpus=1, resources={name: 1}, object_store_memory=_STORE_BYTES
+                )
             )
 
     def id(self, name: str) -> str:
@@ -72,7 +74,7 @@ class Nodes:
         for process in lost:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
-        wait_for(lambda: not any(map(_lives, lost)), 20)
+        wait_for(lambda: not any(map(_lives, lost)), 60)
         self._cluster.remove_node(self._nodes.pop(name), allow_graceful=False)
 
     def remove_all(self) -> None:
@@ -113,7 +115,7 @@ class Job:
     def output(self) -> str:
         return Path(self._output.name).read_text(encoding="utf-8")
 
-    def wait_for(self, condition: Callable[[], Any], seconds: float = 240) -> Any:
+    def wait_for(self, condition: Callable[[], Any], seconds: float = 600) -> Any:
         """What the condition yields once it holds; the job must still run by then."""
         deadline = time.time() + seconds
         while not (found := condition()):
@@ -122,7 +124,7 @@ class Job:
             time.sleep(0.05)
         return found
 
-    def end(self, code: int = 0, seconds: float = 300) -> str:
+    def end(self, code: int = 0, seconds: float = 600) -> str:
         """Wait for the job's end, which must be with this exit code; returns its output."""
         try:
             assert self.process.wait(seconds) == code, self.output()
@@ -151,6 +153,20 @@ def wait_for(condition: Callable[[], Any], seconds: float) -> Any:
         assert time.time() < deadline, "waited too long"
         time.sleep(0.1)
     return found
+
+
+def _started(start: Callable[[], Any]) -> Any:
+    """The node that `start` starts: tried again, and nothing left of it, where Ray gives it up."""
+    before = set(psutil.Process().children(recursive=True))
+    for last in (False, False, True):
+        try:
+            return start()
+        except Exception as error:
+            if last or SLOW_START not in str(error):
+                raise
+            for process in set(psutil.Process().children(recursive=True)) - before:
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
 
 
 def free_port() -> int:

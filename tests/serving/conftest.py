@@ -102,6 +102,7 @@ class Served:
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     import ray
 
+    from milm_ray.job import start_ray
     from milm_ray.serving.running import running_models
 
     place = tmp_path_factory.mktemp("serving")
@@ -130,7 +131,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         commit(workspace, f"adapters/{name}")
     workspace.write_table(sample_rounds(4, 6), "test_rounds")
     commit(workspace, "test_rounds")
-    ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="WARNING")
+    start_ray(num_cpus=2, include_dashboard=False)
     try:
         with running_models(app_args(config, workspace, bases)) as url:
             yield Served(url, config, workspace, bases)
