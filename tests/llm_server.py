@@ -5,8 +5,8 @@
 Prints its port when it listens. It answers the product's own prompts with well-formed JSON made
 from the question, so the same question always has the same right answer. Faults are drawn per
 request from a seed: HTTP 429 and 500, a connection cut in the middle of the reply, malformed and
-off-schema JSON. Every request is logged with what was done to it. After SIGUSR1 no request is
-answered until SIGUSR2.
+off-schema JSON. Every request is logged with what was done to it. While there is a file LOG.most
+with a number in it, so many answers are given over all restarts, and then everybody waits.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import argparse
 import asyncio
 import hashlib
 import json
+import math
 import os
 import random
 import re
-import signal
 import sys
 import time
 from pathlib import Path
@@ -82,9 +82,12 @@ class Server:
         self.options = options
         self.random = random.Random(options.seed)
         self.in_flight = 0
-        self.answers = asyncio.Event()
-        self.answers.set()
-        self.log = Path(options.log).open("a", buffering=1) if options.log else None  # noqa: SIM115
+        self.sending = 0
+        self.answered = 0
+        self.log = None
+        if options.log:
+            self.log = Path(options.log).open("a", buffering=1)  # noqa: SIM115
+            self.answered = Path(options.log).read_text().count('"event": "answered"')
 
     def note(self, event: str, body: dict[str, Any], **facts: Any) -> None:
         if self.log is None:
@@ -93,6 +96,13 @@ class Server:
         digest = hashlib.sha256(question.encode()).hexdigest()
         entry = {"event": event, "question": digest, "at": time.time(), **facts}
         self.log.write(json.dumps(entry) + "\n")
+
+    def most(self) -> float:
+        """How many answers may be given in all, those before a restart included."""
+        try:
+            return int(Path(f"{self.options.log}.most").read_text())
+        except FileNotFoundError:
+            return math.inf
 
     async def chat(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
@@ -128,7 +138,19 @@ class Server:
         draw -= options.failing
         low, high = options.latency - options.jitter, options.latency + options.jitter
         await asyncio.sleep(self.random.uniform(max(0.0, low), high))
-        await self.answers.wait()
+        while self.answered + self.sending >= self.most():
+            await asyncio.sleep(0.05)
+        self.sending += 1
+        try:
+            return await self.send(request, body, draw)
+        finally:  # where it was cut, or could not be sent, another may be answered in its place
+            self.sending -= 1
+
+    async def send(
+        self, request: web.Request, body: dict[str, Any], draw: float
+    ) -> web.StreamResponse:
+        """The answer, or what the draw makes of it."""
+        options = self.options
         text, finish = right_answer(body["messages"]), "stop"
         if options.cut <= draw < options.cut + options.broken:
             off_schema = '{"comprehensiveness": "very", "dialogue": [{"role": "nurse"}]}'
@@ -169,6 +191,7 @@ class Server:
         response = web.Response(body=data, content_type="application/json")
         await response.prepare(request)
         await response.write_eof()
+        self.answered += 1
         self.note("answered", body, finish=finish, **usage)
         return response
 
@@ -202,9 +225,6 @@ def arguments() -> argparse.Namespace:
 
 async def main() -> None:
     server = Server(arguments())
-    loop = asyncio.get_running_loop()
-    loop.add_signal_handler(signal.SIGUSR1, server.answers.clear)
-    loop.add_signal_handler(signal.SIGUSR2, server.answers.set)
     app = web.Application(client_max_size=1 << 24)
     app.router.add_post("/v1/chat/completions", server.chat)
     runner = web.AppRunner(app, access_log=None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -37,12 +36,18 @@ class ServerProcess:
         self.process.kill()
         self.process.wait()
 
-    def hold(self) -> None:
-        """Answer nothing until `release`: what a test does meanwhile cannot come too late."""
-        self.process.send_signal(signal.SIGUSR1)
+    def most(self, answers: int | None) -> None:
+        """Give so many answers in all, over restarts too, and let all others wait; None: no limit.
 
-    def release(self) -> None:
-        self.process.send_signal(signal.SIGUSR2)
+        Set before a job starts, it stands: what a test does to the job then cannot come too late.
+        """
+        limit = Path(f"{self.log}.most")
+        if answers is None:
+            limit.unlink(missing_ok=True)
+        else:
+            new = limit.with_suffix(".new")
+            new.write_text(str(answers))
+            new.replace(limit)
 
     def events(self, event: str = "") -> list[dict[str, Any]]:
         """The log's entries, all or those of one event (asked, answered, failed, refused)."""

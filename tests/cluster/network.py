@@ -19,8 +19,14 @@ import psutil
 from tests.cluster.cluster import ENVIRONMENT, RAY, free_port, wait_for
 from tests.processes import command_of
 
-# A node that is silent is given up after some ten seconds, not after a minute.
-_NODE = {**ENVIRONMENT, "RAY_health_check_timeout_ms": "2500", "RAY_AUTH_MODE": "token"}
+_NODE = {
+    **ENVIRONMENT,
+    # A node that is silent is given up after some ten seconds, not after a minute.
+    "RAY_health_check_timeout_ms": "2500",
+    # A job that is told to stop has the time to say so on any machine.
+    "RAY_JOB_STOP_WAIT_TIME_S": "60",
+    "RAY_AUTH_MODE": "token",
+}
 
 
 class Network:
@@ -29,7 +35,8 @@ class Network:
     def __init__(self) -> None:
         self._tag = f"milm{os.getpid() % 100_000}"
         self._net = f"10.203.{os.getpid() % 250}"
-        self._folder = tempfile.TemporaryDirectory(prefix="ray")  # sockets want a short path
+        # Sockets want a short path; what dies late may still write there.
+        self._folder = tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True)
         self._names: list[str] = []
         self._nodes: dict[str, subprocess.Popen[bytes]] = {}
         self.isolated = _ip("link", "add", self._tag, "type", "bridge")

@@ -22,9 +22,9 @@ from tests.transcription_job import (
     workspace_with_dialogues,
 )
 
-pytestmark = [pytest.mark.scenario, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.scenario, pytest.mark.timeout(1800)]
 
-FILES = 8_000
+FILES = 16_000
 PACKED = 6_000
 
 
@@ -81,13 +81,13 @@ def test_in_transcribe(nodes: Nodes, tmp_path: Path) -> None:
     with ServerProcess(tmp_path / "log.jsonl", latency=0.6, jitter=0.3) as server:
         config = tmp_path / "c.yaml"
         config.write_text(CONFIG.format(workspace=workspace.root, url=server.url, attempts=3))
+        server.most(12)
         with Job(nodes, "transcribe", "--config", config, TEST_LLM_KEY=KEY) as job:
             job.wait_for(lambda: len(server.events("answered")) >= 12)
-            server.hold()
             asking = nodes.where("Asker")
             assert asking is not None
             nodes.kill(asking)
-            server.release()
+            server.most(None)
             job.end()
         # Replies under way to a node that went dark never arrived: at most those in flight.
         check_result(workspace, server, lost=8)
