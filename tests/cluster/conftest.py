@@ -8,8 +8,9 @@ import pytest
 from tests.cluster.cluster import RAY, Nodes
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def head() -> Iterator[Nodes]:
+    # By module: it and its environment are gone before tests with a cluster of their own begin.
     # Makes the token in the home directory, as the README tells, unless there is one.
     subprocess.run([RAY, "get-auth-token", "--generate"], check=True, stdout=subprocess.DEVNULL)
     nodes = Nodes()

@@ -10,7 +10,7 @@ import pytest
 
 from tests.cluster.cluster import ROOT, Job, Nodes
 
-pytestmark = [pytest.mark.scenario, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.scenario, pytest.mark.timeout(900)]
 
 
 def test_a_node_that_does_not_see_the_workspace_is_named(

@@ -23,12 +23,12 @@ from tests.processes import command_of
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "milm_ray/samples/models/tiny-llama3"
-pytestmark = pytest.mark.scenario
+pytestmark = [pytest.mark.scenario, pytest.mark.timeout(1800)]
 
 SEED = 11
 SETTINGS = {
     "learning_rate": 3e-3,
-    "epochs": 4,
+    "epochs": 12,  # still going on when a slow machine comes to kill it
     "precision": "fp32",
     "cutoff": 300,
     "logging_steps": 1,
@@ -172,7 +172,11 @@ def test_killed_worker_and_killed_driver_end_where_an_undisturbed_run_ends(tmp_p
     assert not (home / "adapters/one/manifest.json").exists()
     resumed = log.read_text(encoding="utf-8").count("resumes after step")
     again = start(config, log)
-    assert again.wait(timeout=600) == 0
+    try:
+        assert again.wait(timeout=600) == 0, log.read_text(encoding="utf-8")
+    finally:
+        again.kill()
+        again.wait()
     assert log.read_text(encoding="utf-8").count("resumes after step") == resumed + 1
 
     expected = undisturbed(tmp_path, home / "bases" / "tiny-llama3")
@@ -230,7 +234,11 @@ def test_preference_tuning_goes_on_from_an_adapter(tmp_path):
     config = configure(tmp_path / "dpo.yaml", home, **settings)
     log = tmp_path / "dpo.log"
     job = start(config, log)
-    assert job.wait(timeout=600) == 0, log.read_text(encoding="utf-8")
+    try:
+        assert job.wait(timeout=600) == 0, log.read_text(encoding="utf-8")
+    finally:
+        job.kill()
+        job.wait()
     place = home / "adapters/one/dpo"
     rewards = pq.read_table(place / "rewards.parquet").to_pylist()
     assert rewards[0]["loss"] == pytest.approx(0.6931, abs=1e-3)

@@ -21,7 +21,7 @@ from botocore.config import Config as BotocoreConfig
 
 from milm_ray.workspace import Workspace
 
-pytestmark = [pytest.mark.scenario, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.scenario, pytest.mark.timeout(3600)]
 
 ROOT = Path(__file__).parents[2]
 RAY = str(Path(sys.executable).parent / "ray")
@@ -224,7 +224,7 @@ def head_node(object_store: str) -> Iterator[str]:
     subprocess.run([RAY, "get-auth-token", "--generate"], check=True, stdout=subprocess.DEVNULL)
     port = _free_port()
     # Sockets live under the directory, and their paths must stay short.
-    with tempfile.TemporaryDirectory(prefix="ray") as directory:
+    with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as directory:
         process = subprocess.Popen(
             [
                 *(RAY, "start", "--head", "--block", "--num-cpus=2", "--disable-usage-stats"),
@@ -249,28 +249,33 @@ def head_node(object_store: str) -> Iterator[str]:
             pytest.fail("ray start did not come up:\n" + "".join(lines))
         yield f"http://127.0.0.1:{port}"
         process.send_signal(signal.SIGTERM)
-        process.wait(timeout=60)
+        process.wait(timeout=180)
 
 
 def test_a_submitted_job_reads_from_and_writes_to_an_object_store(head_node, object_store):
     store = f"?endpoint_override={object_store}&scheme=http"
     place = f"s3://runs/quickstart{store}"
-    done = subprocess.run(
-        [
-            *(RAY, "job", "submit", "--address", head_node),
-            *("--working-dir", ".", "--", sys.executable, "jobs/pipeline.py"),
-            *("--config", QUICKSTART, f"workspace={place}", *SHORT),
-            models("llama3"),
-            f"ingest.corpora.cpsycound.path=s3://raw/CPsyCounD{store}",
-            f"ingest.corpora.smilechat.path=s3://raw/SmileChat.tar.gz{store}",
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=800,
-        check=False,
-        env={**os.environ, "RAY_AUTH_MODE": "token"},
-    )
+    command = [
+        *(RAY, "job", "submit", "--address", head_node),
+        *("--working-dir", ".", "--", sys.executable, "jobs/pipeline.py"),
+        *("--config", QUICKSTART, f"workspace={place}", *SHORT),
+        models("llama3"),
+        f"ingest.corpora.cpsycound.path=s3://raw/CPsyCounD{store}",
+        f"ingest.corpora.smilechat.path=s3://raw/SmileChat.tar.gz{store}",
+    ]
+    for _ in range(5):
+        done = subprocess.run(
+            command,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=1600,
+            check=False,
+            env={**os.environ, "RAY_AUTH_MODE": "token"},
+        )
+        # A node that has just started may not take jobs yet; Ray itself waits 10 s for that.
+        if "No available agent to submit job" not in done.stdout + done.stderr:
+            break
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert "succeeded" in done.stdout.lower()
     workspace = Workspace.open(place)

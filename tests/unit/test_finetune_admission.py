@@ -21,12 +21,12 @@ def test_a_model_waits_until_there_is_room_and_says_what_for(caplog):
     def train(model: str, gpus: float) -> None:
         with admission.admitted(model, Demand(1, gpus)):
             order.append(model)
-            ended.wait(10)
+            ended.wait(300)
 
     threads = []
     with caplog.at_level(logging.INFO, logger="milm_ray"):
         for model, gpus in (("llama3", 1), ("glm4", 1), ("baichuan2", 2)):
-            threads.append(threading.Thread(target=train, args=(model, gpus)))
+            threads.append(threading.Thread(target=train, args=(model, gpus), daemon=True))
             threads[-1].start()
             while model not in order and "baichuan2 | waits" not in caplog.text:
                 threads[-1].join(0.01)

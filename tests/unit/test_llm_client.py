@@ -4,7 +4,6 @@ import asyncio
 import itertools
 import logging
 import os
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -213,19 +212,17 @@ def test_a_dead_process_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch) ->
     """Its leases end when it is silent, and what it waited for is not granted to it."""
     monkeypatch.setattr("milm_ray.llm.limits._DEAD_S", 0.3)
 
-    async def scenario() -> tuple[int | None, int | None, float]:
+    async def scenario() -> tuple[int | None, int | None]:
         limits = Limits(LLMSection(concurrency=1))
         assert await limits.acquire(1, 0.0, holder="killed") is not None
         waiting = asyncio.ensure_future(limits.acquire(1, 0.0, holder="killed"))
         await asyncio.sleep(0.4)
-        began = time.monotonic()
-        lease = await limits.acquire(1, 0.0, holder="successor")
-        return lease, await asyncio.wait_for(waiting, 10), time.monotonic() - began
+        async with asyncio.timeout(60):  # the lease itself would last for minutes
+            return await limits.acquire(1, 0.0, holder="successor"), await waiting
 
-    lease, granted_to_the_dead, waited = asyncio.run(scenario())
+    lease, granted_to_the_dead = asyncio.run(scenario())
     assert lease is not None
     assert granted_to_the_dead == SILENT
-    assert waited < 8
 
 
 def test_requests_per_minute_and_tokens_per_minute_hold() -> None:
