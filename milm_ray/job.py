@@ -189,7 +189,6 @@ def start_ray(**options: Any) -> Any:
             # What it has started for nothing ends with this process.
             log.warning("Ray did not start within its 30 s; the machine is slow, trying again")
             ray.shutdown()
-    raise AssertionError("unreachable")
 
 
 def _end_on_sigterm() -> None:
