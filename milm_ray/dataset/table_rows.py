@@ -7,7 +7,8 @@ columns stay as they are (Arrow cannot take from more than 2 GiB of text at a ti
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 from typing import Any, overload
 
 import numpy as np
@@ -44,6 +45,17 @@ class TableRows(Sequence[Row]):
         batch = self._batches[number]
         row: Row = batch.slice(at - self._ends[number] + batch.num_rows, 1).to_pylist()[0]
         return row
+
+    def __iter__(self) -> Iterator[Row]:
+        """Row after row; what lies side by side becomes dictionaries together."""
+        for start in range(0, len(self), _AT_ONCE):
+            places = self._places[start : start + _AT_ONCE]
+            numbers = np.searchsorted(self._ends, places, side="right")
+            apart = (np.diff(places) != 1) | (np.diff(numbers) != 0)
+            for first, end in pairwise([0, *np.flatnonzero(apart) + 1, len(places)]):
+                batch = self._batches[numbers[first]]
+                at = places[first] - self._ends[numbers[first]] + batch.num_rows
+                yield from batch.slice(at, end - first).to_pylist()
 
     def take(self, places: Sequence[int]) -> TableRows:
         """The rows at these places, in their order."""
