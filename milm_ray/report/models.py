@@ -216,7 +216,7 @@ def results(config: Config, ws: Workspace, found: Manifests) -> Section:
     )
 
 
-def gains(config: Config, ws: Workspace, found: Manifests) -> dict[str, float]:
+def gains(config: Config, ws: Workspace, found: Manifests) -> dict[str, Estimate]:
     """Each model's gain in BLEU-4 under greedy decoding, in points; {} when nothing is scored."""
     if "metrics" not in found:
         return {}
@@ -225,7 +225,7 @@ def gains(config: Config, ws: Workspace, found: Manifests) -> dict[str, float]:
         d for d in summary["differences"] if (d["variant"], d["sampling"]) == ("adapter", "greedy")
     ]
     rows.sort(key=lambda row: name_order(config)(row["model"]))
-    return {row["model"]: row["scores"]["bleu_4"]["difference"] for row in rows}
+    return {row["model"]: _estimate(row["scores"]["bleu_4"], "difference") for row in rows}
 
 
 def _score_table(

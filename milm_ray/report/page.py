@@ -9,7 +9,7 @@ from typing import Any
 
 from milm_ray.config import Config
 from milm_ray.report import data, models, paper, replies, run, study
-from milm_ray.report.blocks import Remark, Section, Table
+from milm_ray.report.blocks import Estimate, Remark, Section, Table
 from milm_ray.workspace import Workspace
 
 TEMPLATE = "page.html.j2"
@@ -57,7 +57,7 @@ def tables(page: Sequence[Section]) -> list[Table]:
 
 
 def glance(
-    config: Config, found: Mapping[str, Mapping[str, Any]], gains: Mapping[str, float]
+    config: Config, found: Mapping[str, Mapping[str, Any]], gains: Mapping[str, Estimate]
 ) -> list[tuple[str, str]]:
     """The few numbers that a reader looks for first."""
     items = []
@@ -70,7 +70,9 @@ def glance(
             number = run.rows_of(artifact, found[artifact])
             if number is not None:
                 items.append((label, f"{number:,}"))
-    items += [(f"BLEU-4 gain, {model}", f"{gain:+.2f}") for model, gain in gains.items()]
+    for model, gain in gains.items():
+        between = "" if gain.low is None else f", {gain.low:+.2f} to {gain.high:+.2f}"
+        items.append((f"BLEU-4 gain, {model}{between}", f"{gain.mean:+.2f}"))
     return items
 
 

@@ -88,8 +88,9 @@ def test_scores_on_the_page_are_those_of_the_metrics(built: tuple[Config, Worksp
     assert float(of_glm4["Base"]) == gain["base"]
     assert float(of_glm4["MI-LLM"]) == gain["adapter"]
     assert float(of_glm4["Gain low"]) == gain["low"]
-    shown = f"{gain['difference']:.2f} {gain['low']:.2f} to {gain['high']:.2f}"
-    assert shown in re.sub(r"\s+", " ", _Page(html).text)
+    text = re.sub(r"\s+", " ", _Page(html).text)
+    assert f"{gain['difference']:.2f} {gain['low']:.2f} to {gain['high']:.2f}" in text
+    assert f"BLEU-4 gain, glm4, {gain['low']:+.2f} to {gain['high']:+.2f}" in text
 
 
 def test_a_model_tuned_on_preferences_stands_beside_its_adapter(
