@@ -21,8 +21,8 @@ def fuse_layers(model: Any) -> int:
     """Give a transformers decoder the fused kernels of its device; returns how many modules took
     one.
 
-    Modules of another form than Llama's and GLM's stay as they are, and on a CPU all that are not
-    in fp32.
+    Modules of another form than Llama's and GLM's stay as they are; on a CPU also what is not in
+    fp32, and norms that are trained.
     """
     on_gpu = torch.cuda.is_available()
     if not on_gpu and model.dtype != torch.float32:
@@ -50,6 +50,8 @@ def _rms_norm(module: Any, on_gpu: bool) -> Any:
         return None
     if on_gpu:
         from liger_kernel.ops.rms_norm import LigerRMSNormFunction as Norm
+    elif module.weight.requires_grad:
+        return None
     else:
         from milm_ray.finetune.elementwise import RmsNorm as Norm
 

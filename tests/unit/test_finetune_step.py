@@ -145,6 +145,10 @@ def test_gradients_that_are_written_out_are_the_derivatives():
     assert torch.autograd.gradcheck(lambda x: Rotary.apply(x, cos, sin), x)
 
 
+def test_norms_that_are_trained_keep_transformers_gradient(plain_llama):
+    assert fuse_layers(llama()) == 0
+
+
 @pytest.mark.parametrize("lengths", [(128,), (1, 127, 129, 300), (257, 2)])
 def test_attention_by_blocks_is_torchs_attention(lengths):
     torch.manual_seed(0)
