@@ -50,7 +50,7 @@ _PASSAGE = 25  # characters of a passage of a longer text
 _AROUND = 20  # characters on both sides of a match's clause that the classifier is asked about
 _RULE_ODDS = 3.0  # how much a rule that errs raises the classifier's odds
 _PASSAGE_ODDS = 1 / 3  # what the odds of a passage out of its story count
-_LATIN = re.compile("[0-9a-z]+")
+_WORD_OR_NUMBER = re.compile("[0-9a-z]+")
 # Shown first when levels are equal: what can kill soonest, and is not covered by the other.
 _ORDER = {category: rank for rank, category in enumerate(CATEGORIES)}
 
@@ -172,7 +172,7 @@ def _opinion(text: str, answer: str = "") -> Opinion:
 
     Of a text too short to judge: that all is well.
     """
-    if len(_LATIN.sub("__", text)) < _SHORTEST:
+    if len(_WORD_OR_NUMBER.sub("__", text)) < _SHORTEST:
         return Opinion(0.0, 0.0, CATEGORIES[0])
     opinions = [classifier().judge(window, answer) for window in _windows(text, LONGEST)]
     if len(text) > 2 * _PASSAGE and not answer:
