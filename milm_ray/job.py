@@ -27,7 +27,7 @@ from milm_ray.nodes import check_reach
 from milm_ray.workspace import Workspace
 
 log = logging.getLogger("milm_ray")
-SLOW_START = "timed out during startup"  # Ray's words; it has no type of error for it
+_SLOW_START = "timed out during startup"  # Ray's words; it has no type of error for it
 
 
 @dataclass(frozen=True)
@@ -180,15 +180,24 @@ def start_ray(**options: Any) -> Any:
     """`ray.init` of a local cluster; a start that takes longer than Ray waits is tried again."""
     import ray
 
+    def start() -> Any:
+        return ray.init(address="local", logging_level=logging.WARNING, **options)
+
+    return started(start, ray.shutdown)
+
+
+def started(start: Callable[[], Any], clear: Callable[[], Any]) -> Any:
+    """What `start` starts of Ray; at most twice `clear` and again, where Ray was too slow for its
+    own limit."""
     for last in (False, False, True):
         try:
-            return ray.init(address="local", logging_level=logging.WARNING, **options)
+            return start()
         except Exception as error:
-            if last or SLOW_START not in str(error):
+            if last or _SLOW_START not in str(error):
                 raise
-            # What it has started for nothing ends with this process.
+            # What `clear` leaves of it ends with this process.
             log.warning("Ray did not start within its 30 s; the machine is slow, trying again")
-            ray.shutdown()
+            clear()
 
 
 def _end_on_sigterm() -> None:

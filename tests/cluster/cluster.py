@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 from ray.cluster_utils import Cluster
 
-from milm_ray.job import SLOW_START
+from milm_ray.job import started
 from tests.processes import command_of
 
 ROOT = Path(__file__).parents[2]
@@ -158,15 +158,13 @@ def wait_for(condition: Callable[[], Any], seconds: float) -> Any:
 def _started(start: Callable[[], Any]) -> Any:
     """The node that `start` starts: tried again, and nothing left of it, where Ray gives it up."""
     before = set(psutil.Process().children(recursive=True))
-    for last in (False, False, True):
-        try:
-            return start()
-        except Exception as error:
-            if last or SLOW_START not in str(error):
-                raise
-            for process in set(psutil.Process().children(recursive=True)) - before:
-                with suppress(psutil.NoSuchProcess):
-                    process.kill()
+
+    def clear() -> None:
+        for process in set(psutil.Process().children(recursive=True)) - before:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+
+    return started(start, clear)
 
 
 def free_port() -> int:
