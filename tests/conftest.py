@@ -1,13 +1,33 @@
-"""How hypothesis searches: the same examples each run, unless `make soak` asks for new ones.
-
-A red build is then about the change in it. Loaded before the test modules, whose `@settings` add to
-the profile that is loaded when they are read.
-"""
+"""What holds for every test: hypothesis draws the same examples each run, and how a run ends."""
 
 from __future__ import annotations
 
+import atexit
+import os
+
+import pytest
 from hypothesis import settings
 
+# Before any library that would tell its makers about each run.
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+
+# A red build is then about the change in it; `make soak` asks for new examples. Loaded before the
+# test modules, whose `@settings` add to the profile that is loaded when they are read.
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.register_profile("explore", max_examples=1000, deadline=None, print_blob=True)
 settings.load_profile("repeatable")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """End with the tests' own result, without the interpreter's teardown.
+
+    Ray, DeepSpeed, gRPC, Chromium's driver and Arrow leave threads in this one process, and their
+    destructors race with them: a run has crashed there after its last test had passed. The jobs,
+    which are processes of their own in the tests, end as they do elsewhere.
+    """
+    session = config.pluginmanager.get_plugin("session")
+    if session is not None:
+        config.get_terminal_writer().flush()
+        atexit._run_exitfuncs()
+        os._exit(int(session.exitstatus))
