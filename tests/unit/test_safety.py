@@ -329,3 +329,9 @@ def test_a_very_long_turn_is_read_to_its_end():
     filler = "今天跑了五公里，感觉不错。" * 2000
     assert assess(client(filler)).level == "none"
     assert assess(client(filler + "其实我不想活了")).level == "high"
+
+
+@pytest.mark.parametrize("run", ["ai" * 1000, "ai" * 1000 + "b", "wo" * 700 + "wobuxianghuole"])
+def test_letters_that_parse_in_many_ways_are_read_all_the_same(run: str) -> None:
+    # A search through the parses of the first two would not end within the test's time.
+    assert assess(client(run)).level == ("high" if run.endswith("huole") else "none")

@@ -6,14 +6,17 @@ as pinyin, or parses to nothing of interest, is left as it was, so English stays
 
 from __future__ import annotations
 
+import itertools
 import re
 
-_SYLLABLE = (
-    r"(?:(?:zh|ch|sh|[bpmfdtnlgkhjqxrzcsyw])?"
-    r"(?:iang|iong|uang|ang|eng|ing|ong|ian|iao|uai|uan|van|ai|ei|ao|ou|an|en|in|un|ie|ia|iu|ui|uo"
-    r"|ua|ue|ve|a|o|e|i|u|v)|er)"
-)
-_RUN = re.compile(rf"(?:{_SYLLABLE})+")
+_INITIALS = ("", "zh", "ch", "sh", *"bpmfdtnlgkhjqxrzcsyw")
+_FINALS = [
+    "iang", "iong", "uang", "ang", "eng", "ing", "ong", "ian", "iao", "uai", "uan", "van", "ai",
+    "ei", "ao", "ou", "an", "en", "in", "un", "ie", "ia", "iu", "ui", "uo", "ua", "ue", "ve",
+    *"aoeiuv",
+]  # fmt: skip
+_SYLLABLES = {"er"} | {a + b for a, b in itertools.product(_INITIALS, _FINALS)}
+_LETTERS = max(map(len, _SYLLABLES))
 _WORDS = {
     "zi sha": "自杀", "zi can": "自残", "zi jin": "自尽", "zi shang": "自伤", "qing sheng": "轻生",
     "tiao lou": "跳楼", "tiao he": "跳河", "tiao xia qu": "跳下去", "ge wan": "割腕",
@@ -51,9 +54,10 @@ def to_hanzi(run: str) -> str | None:
     """
     syllables: list[str] = []
     for token in run.split():
-        if not _RUN.fullmatch(token):
+        parse = _split(token)
+        if parse is None:
             return None
-        syllables += _split(token)
+        syllables += parse
     out: list[str] = []
     at = 0
     while at < len(syllables):
@@ -67,16 +71,26 @@ def to_hanzi(run: str) -> str | None:
     return text if _RISK.search(text) else None
 
 
-def _split(token: str) -> list[str]:
-    """One parse of `token` into syllables, longest first with backtracking (xianghuo, gewan)."""
-    pieces: list[str] = []
-    while token:
-        match = next(
-            m
-            for end in range(min(6, len(token)), 0, -1)
-            if (m := re.fullmatch(_SYLLABLE, token[:end]))
-            and (end == len(token) or _RUN.fullmatch(token[end:]))
+def _split(token: str) -> list[str] | None:
+    """One parse of `token` into syllables, longest first (xianghuo, gewan); None: there is none."""
+    # Whether the letters from each place on parse, from the end: a search would try the parses of
+    # a long ambiguous run ("aiaiai…") one by one.
+    size = len(token)
+    parses = [False] * size + [True]
+    for start in reversed(range(size)):
+        parses[start] = any(
+            parses[end] and token[start:end] in _SYLLABLES
+            for end in range(start + 1, min(start + _LETTERS, size) + 1)
         )
-        pieces.append(match.group())
-        token = token[match.end() :]
+    if not parses[0]:
+        return None
+    pieces: list[str] = []
+    start = 0
+    while start < size:
+        start, piece = next(
+            (end, token[start:end])
+            for end in range(min(start + _LETTERS, size), start, -1)
+            if parses[end] and token[start:end] in _SYLLABLES
+        )
+        pieces.append(piece)
     return pieces
