@@ -72,7 +72,9 @@ def plan(config: Config, workspace: Workspace) -> Plan:
         return Plan(notes=("dialogues: what sessions/ holds by then",))
     if workspace.is_done(ARTIFACT, _fingerprint(config, workspace)):
         return Plan(done=True)
-    rows = sum(workspace.manifest(name)["counts"]["sessions"] for name in found)
+    counts = [workspace.manifest(name)["counts"] for name in found]
+    # Exports of the chat made before they said "sessions" say "rows", and stay if nothing is new.
+    rows = sum(each["sessions"] if "sessions" in each else each["rows"] for each in counts)
     rows += config.miti.annomi_dialogues if config.miti.annomi else 0
     return Plan(rows=rows, notes=(f"a sheet for each of {', '.join(config.miti.coders)}",))
 
@@ -161,9 +163,9 @@ def candidates(
     found, facts = [], {}
     for name in _inputs(workspace):
         for row in workspace.read_table(name).to_pylist():
-            preset = set(row["preset_turns"] or ())
-            # A text of the safety check is not the model's own.
-            turns = [turn for n, turn in enumerate(turns_of(row)) if n not in preset]
+            # A text of the safety check is not the model's own, nor is where a person cut a reply.
+            left_out = {*(row["preset_turns"] or ()), *(row["stopped_turns"] or ())}
+            turns = [turn for n, turn in enumerate(turns_of(row)) if n not in left_out]
             open_ = row["ended_at"] is None
             if open_ or all(turn.role != "counselor" for turn in turns):
                 continue

@@ -96,7 +96,10 @@ def rows_of(place: str, manifest: Mapping[str, Any]) -> int | None:
     for artifact in ARTIFACTS:
         below = artifact.name.endswith("/") and place.startswith(artifact.name)
         if below or place == artifact.name:
-            return manifest["counts"].get(artifact.count)
+            counts = manifest["counts"]
+            # Exports of the chat made before they said "sessions" say "rows".
+            before = counts.get("rows") if artifact.name == "sessions/" else None
+            return counts.get(artifact.count, before)
     return None
 
 

@@ -10,6 +10,8 @@ import pytest
 
 from milm_ray.config import Config, load_config
 from milm_ray.errors import ConfigError, UserError
+from milm_ray.miti import study_packet
+from milm_ray.report import run as report_run
 from milm_ray.schema import MOTIVATIONS, SESSIONS, TOPICS
 from milm_ray.serve_settings import ChatSection
 from milm_ray.serving.chat import export
@@ -72,7 +74,7 @@ def test_sessions_become_the_study_s_table(place) -> None:
     config, workspace, _ = place
     assert export.plan(config, workspace).rows == 3
     counts = export.run(config, workspace)["counts"]
-    assert counts == {"rows": 2, "without_a_word": 1, "open": 1, "rated": 1, "high_risk": 1}
+    assert counts == {"sessions": 2, "without_a_word": 1, "open": 1, "rated": 1, "high_risk": 1}
     table = workspace.read_table("sessions/human")
     assert table.schema.equals(SESSIONS)
     first, third = table.to_pylist()
@@ -92,6 +94,24 @@ def test_sessions_become_the_study_s_table(place) -> None:
     assert third["ended_at"] is None
 
 
+def test_the_study_is_planned_and_made_from_exported_sessions(place) -> None:
+    config, workspace, _ = place
+    counts = export.run(config, workspace)["counts"]
+    assert study_packet.plan(config, workspace).rows == 2
+    study_packet.run(config, workspace)
+    (item,) = study_packet.load_items(workspace)  # session-3 is open still
+    # Neither the reply that was cut short nor the text of the safety check is there to be coded.
+    spoken = [volley.utterances for volley in item.volleys if volley.role == "counselor"]
+    assert spoken == [("听起来很累。",)]
+    # An export of an earlier version, which calls its sessions rows.
+    before = {"rows": counts.pop("sessions"), **counts}
+    again = {"stage": "sessions", "settings": {}, "fingerprint": {}, "started": 0.0}
+    found = {"sessions/human": workspace.commit("sessions/human", **again, counts=before)}
+    workspace.clear("packet")
+    assert study_packet.plan(config, workspace).rows == 2
+    assert next(s.count for s in report_run.flow(found).steps if s.title == "Sessions") == "2"
+
+
 def test_a_participant_s_sessions_are_forgotten_in_the_table_too(place, capsys) -> None:
     config, workspace, file = place
     export.run(config, workspace)
@@ -100,9 +120,9 @@ def test_a_participant_s_sessions_are_forgotten_in_the_table_too(place, capsys) 
     assert export.forget("", ["--config", str(file), "--participant", "P1"]) == 0
     assert "deleted 1 session" in capsys.readouterr().out
     assert not workspace.exists("sessions", "human")
-    assert export.run(config, workspace)["counts"]["rows"] == 1
+    assert export.run(config, workspace)["counts"]["sessions"] == 1
     assert export.forget("", ["--config", str(file), "--session", "session-3"]) == 0
-    assert export.run(config, workspace)["counts"]["rows"] == 0
+    assert export.run(config, workspace)["counts"]["sessions"] == 0
 
 
 def test_where_nobody_has_chatted_the_job_says_so(tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ def run(config: Config, workspace: Workspace) -> Mapping[str, Any]:
         settings={"study": config.chat.study, "seed": config.chat.seed},
         fingerprint=fingerprint,
         counts={
-            "rows": len(rows),
+            "sessions": len(rows),
             "without_a_word": len(sessions) - len(rows),
             "open": sum(row["ended_at"] is None for row in rows),
             "rated": sum(row["rating"] is not None for row in rows),
