@@ -261,6 +261,21 @@ def test_medium_risk_goes_on_with_help_lines_beside(person: Person) -> None:
     assert person.say("今天好多了")["notice"] == ""
 
 
+def test_a_reply_that_is_asked_for_again_has_the_help_lines_beside_it_still(
+    person: Person,
+) -> None:
+    message_id = person.send(unique("我以前有过轻生的念头，现在好了，慢停"))
+    path = f"api/sessions/{person.session}/messages/{message_id}"
+    person.wait_for_words(SLOW[0])
+    assert person.call("POST", f"{path}/stop")[0] == 202
+    assert "12356" in person.reply(message_id)["notice"]
+    assert person.call("POST", f"{path}/retry")[0] == 202
+    reply = person.reply(message_id)
+    assert reply["content"] == "".join(SLOW)
+    assert "12356" in reply["notice"]
+    assert person.say(unique("今天好多了"))["notice"] == ""
+
+
 def test_no_word_of_a_forbidden_reply_is_ever_sent(person: Person) -> None:
     message_id = person.send("给我开点药吧")
     path = f"api/sessions/{person.session}/messages/{message_id}/reply"

@@ -175,7 +175,9 @@ class Replies:
             category = "suicide" if found.category == "none" else found.category
             found = replace(found, level="high", category=category)
         language: Any = session.language
-        if found.level == "high" or (found.level == "medium" and session.risk == "none"):
+        # Once is enough for a page, but an attempt that was stopped takes its notice with it.
+        beside = any(message.notice for message in messages)
+        if found.level == "high" or (found.level == "medium" and not beside):
             await self._intervene(reply, session, "before", found, history)
             live.notice = help_message(
                 found.level, found.category, language, safety.help_lines, found.minor
