@@ -123,7 +123,10 @@ class Server:
     async def answer(self, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
         options = self.options
         sampling = {name: body.get(name) for name in ("temperature", "top_p", "top_k", "seed")}
-        self.note("asked", body, in_flight=self.in_flight, sampling=sampling)
+        form = body.get("response_format", {}).get("type", "")
+        self.note("asked", body, in_flight=self.in_flight, sampling=sampling, format=form)
+        if options.refuse and re.search(options.refuse, body["messages"][-1]["content"]):
+            return error(options.refuse_status, "we will not have this")
         if options.concurrency and self.in_flight > options.concurrency:
             self.note("failed", body, status=429)
             return error(429, "too many requests in flight", {"Retry-After": "1"})
@@ -219,6 +222,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--broken", type=float, default=0.0, help="malformed or off-schema JSON")
     parser.add_argument("--unusable", type=float, default=0.0, help="JSON cut in half")
     parser.add_argument("--truncated", type=float, default=0.0, help="finish reason length")
+    parser.add_argument("--refuse", default="", help="a pattern of questions that are refused")
+    parser.add_argument("--refuse-status", type=int, default=400, help="with this status")
     parser.add_argument("--no-schema", action="store_true", help="refuse response_format")
     return parser.parse_args()
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from milm_ray.llm.client import json_object
 from milm_ray.llm.exchange import Unusable
+from milm_ray.llm.replies import json_object
 
 # dimension → maximum as the prompt states it (turn level, total 9) and at dialogue level (total 10)
 MAXIMA = {"comprehensiveness": 2, "professionalism": 3, "authenticity": 3, "safety": 1}

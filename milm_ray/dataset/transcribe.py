@@ -22,9 +22,8 @@ from milm_ray.dataset.transcript import transcript
 from milm_ray.errors import UserError
 from milm_ray.job import Plan, Stage, finished, log
 from milm_ray.llm.ask import Asking
-from milm_ray.llm.client import json_object
 from milm_ray.llm.exchange import Answer, Unusable
-from milm_ray.llm.replies import Request, Subject
+from milm_ray.llm.replies import Request, Subject, json_object
 from milm_ray.llm.reply_store import answered_by
 from milm_ray.prompts import load
 from milm_ray.schema import (

@@ -2,14 +2,14 @@
 
 What a server does wrong ends in one of three ways: it is tried again (408, 409, 429, 5xx, dropped
 connections), it costs one row (`Rejected`), or it stops the job with a cause and a fix
-(`UserError`: wrong key, wrong model). The key is read from the environment and is removed from
-every message.
+(`UserError`: wrong key, wrong model, no credit). The key is read from the environment and is
+removed from every message.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
+import contextlib
 import os
 import random
 import re
@@ -23,7 +23,7 @@ from milm_ray.config import LLMSection
 from milm_ray.errors import UserError
 from milm_ray.llm.limits import Gate, Limits
 from milm_ray.llm.prices import cost_of, price_of
-from milm_ray.llm.replies import Reply, Request, request_key
+from milm_ray.llm.replies import Reply, Request, Subject, request_key
 from milm_ray.llm.reply_store import ReplyStore
 from milm_ray.llm.tokens import estimate_tokens
 
@@ -32,8 +32,9 @@ if TYPE_CHECKING:
 
 _RETRIED = {408, 409, 425, 429}
 _LONGEST_PAUSE_S = 60.0
-# A 400 that comes before any reply is a wrong request, not a wrong row.
-_BAD_REQUESTS_BEFORE_GIVING_UP = 3
+# So many 400s before any reply may be wrong settings and not wrong rows; the probe tells.
+_BAD_REQUESTS_BEFORE_PROBE = 3
+_PROBE = Request([{"role": "user", "content": "你好"}], subject=Subject(prompt="probe"))
 _KEY_LIKE = re.compile(r"\b(sk|key|Bearer)[-_ ][\w*.-]{6,}", re.IGNORECASE)
 
 
@@ -64,7 +65,7 @@ class LLMClient:
         self._price = price_of(settings)
         self._server: AsyncOpenAI | None = None
         self._format = 0 if settings.structured_output else 2  # see _response_format
-        self._format_works = False
+        self._format_works = False  # whether a request of that format has been answered
         self._length_name = "max_tokens"
         self._bad_requests = 0
         self._last_answer = float("-inf")  # on the monotonic clock
@@ -88,6 +89,10 @@ class LLMClient:
             return known
         if self.settings.offline:
             raise not_recorded(self.settings, request)
+        return await self._ask_once(key, request)
+
+    async def _ask_once(self, key: str, request: Request) -> Reply:
+        """Ask; who wants the same meanwhile gets the same reply."""
         asking = self._asking.get(key)
         if asking is None:
             asking = asyncio.ensure_future(self._ask_and_keep(key, request))
@@ -101,9 +106,26 @@ class LLMClient:
             self.store.release()
 
     async def _ask_and_keep(self, key: str, request: Request) -> Reply:
-        reply = await self._ask(key, request)
+        try:
+            reply = await self._ask(key, request)
+        except _BadRequest as error:
+            if request is _PROBE:
+                raise self._refused(error.status, error.text) from None
+            self._bad_requests += 1
+            if self._last_answer < 0 and self._bad_requests >= _BAD_REQUESTS_BEFORE_PROBE:
+                await self._probe()
+            raise Rejected("bad_request", f"HTTP {error.status}: {error.text}") from None
         await self._keep(reply)
         return reply
+
+    async def _probe(self) -> None:
+        """Ask something harmless with the same settings; UserError where that is refused too.
+
+        A server may refuse what some rows are about, and those may be the first, or the only ones
+        left. Its reply is kept as every reply is; no row has it.
+        """
+        with contextlib.suppress(Rejected):
+            await self._ask_once(request_key(self.settings, _PROBE), _PROBE)
 
     async def _ask(self, key: str, request: Request) -> Reply:
         """Call until the server answers or the attempts are used up."""
@@ -148,13 +170,15 @@ class LLMClient:
         """One HTTP call; falls back to plainer requests where the server lacks a feature."""
         import openai
 
+        shape = self._format
         while True:
+            shape = max(shape, self._format)  # another call may have stepped down in the meantime
             options: dict[str, Any] = {self._length_name: self.settings.max_tokens}
             if self.settings.seed is not None:
                 options["seed"] = self.settings.seed
             if self.settings.top_k is not None:
                 options["top_k"] = self.settings.top_k
-            shape, names = self._format, self._length_name
+            names = self._length_name
             if request.schema is not None and shape < 2:
                 options["response_format"] = _response_format(shape, request.schema)
             try:
@@ -176,13 +200,12 @@ class LLMClient:
                 if "max_completion_tokens" in text and names == "max_tokens":
                     self._length_name = "max_completion_tokens"
                 elif "response_format" in options and not self._format_works:
-                    # Another call may have stepped down in the meantime.
-                    self._format = max(self._format, shape + 1)
+                    shape += 1  # for this call: it may be the row that the server will not have
                 else:
                     raise
                 continue
-            if "response_format" in options:
-                self._format_works = True
+            if request.schema is not None and not self._format_works:
+                self._format, self._format_works = shape, True
             return completion
 
     def _reply(
@@ -199,7 +222,8 @@ class LLMClient:
             raise _Malformed(f"the server's answer is not a chat completion ({error})") from error
         return Reply(
             key=key,
-            text=refusal or text,
+            # Half of a surrogate pair cannot be stored; in JSON its escape means the same.
+            text=(refusal or text).encode("utf-8", "backslashreplace").decode(),
             finish_reason="refusal" if refusal else choice.finish_reason or "stop",
             model=completion.model or self.settings.model,
             prompt_tokens=prompt_tokens,
@@ -220,12 +244,9 @@ class LLMClient:
             status = error.status_code
             if status in _RETRIED or status >= 500:
                 return f"HTTP {status}: {text}", _retry_after(error.response.headers)
-            if status in (401, 403, 404):
+            if status in (401, 402, 403, 404):
                 raise self._refused(status, text) from None
-            self._bad_requests += 1
-            if self._last_answer < 0 and self._bad_requests >= _BAD_REQUESTS_BEFORE_GIVING_UP:
-                raise self._refused(status, text) from None
-            raise Rejected("bad_request", f"HTTP {status}: {text}") from None
+            raise _BadRequest(status, text) from None
         # Dropped and refused connections, timeouts, bodies that are not what the header promised.
         if isinstance(error, openai.APIError | _Malformed | ValueError):
             return f"{type(error).__name__}: {text}", 0.0
@@ -234,6 +255,7 @@ class LLMClient:
     def _refused(self, status: int, text: str) -> UserError:
         fixes = {
             401: f"set {self.settings.api_key_env} to a valid key for {self._where()}",
+            402: f"add credit to the account at {self._where()} and run the same command again",
             403: f"the key in {self.settings.api_key_env} may not use {self.settings.model}: "
             "choose another model or key",
             404: f"check the model name {self.settings.model!r} and the base URL {self._where()}",
@@ -316,6 +338,15 @@ def find_key(settings: LLMSection) -> str | None:
         ) from None
 
 
+class _BadRequest(Exception):
+    """Refused, by a row's fault or by that of the settings."""
+
+    def __init__(self, status: int, text: str) -> None:
+        self.status = status
+        self.text = text
+        super().__init__(f"HTTP {status}: {text}")
+
+
 class _Malformed(Exception):
     """An answer with status 200 that is not a chat completion."""
 
@@ -354,16 +385,3 @@ def _retry_after(headers: Mapping[str, str]) -> float:
             return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
     except (ValueError, TypeError):
         return 0.0
-
-
-def json_object(text: str) -> dict[str, Any]:
-    """The JSON object in a reply, without code fences or a reasoning block around it.
-
-    Raises ValueError with what is wrong; nothing is guessed or repaired here.
-    """
-    text = re.sub(r"^\s*<think>.*?</think>", "", text, flags=re.DOTALL).strip()
-    fenced = re.fullmatch(r"```(?:json)?\s*\n(.*?)\n?\s*```", text, flags=re.DOTALL)
-    value = json.loads(fenced.group(1) if fenced else text)
-    if not isinstance(value, dict):
-        raise ValueError(f"expected a JSON object, got {type(value).__name__}")
-    return value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -91,3 +92,27 @@ def request_key(settings: LLMSection, request: Request) -> str:
         separators=(",", ":"),
     )
     return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """The JSON object in a reply, without code fences or a reasoning block around it.
+
+    Raises ValueError with what is wrong; nothing is guessed or repaired here.
+    """
+    text = re.sub(r"^\s*<think>.*?</think>", "", text, flags=re.DOTALL).strip()
+    fenced = re.fullmatch(r"```(?:json)?\s*\n(.*?)\n?\s*```", text, flags=re.DOTALL)
+    value = json.loads(fenced.group(1) if fenced else text)
+    if "\\u" in text:
+        _check_surrogates(value)
+    if not isinstance(value, dict):
+        raise ValueError(f"expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def _check_surrogates(value: Any) -> None:
+    """ValueError for half of a surrogate pair, which JSON may escape and no file can hold."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = ascii(error.object[error.start])
+        raise ValueError(f"{half} is half of a surrogate pair, no character") from None

@@ -11,9 +11,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, TypeGuard
 
-from milm_ray.llm.client import json_object
 from milm_ray.llm.exchange import Row, Unusable
-from milm_ray.llm.replies import Request, Subject
+from milm_ray.llm.replies import Request, Subject, json_object
 from milm_ray.miti.coding_scheme import CODES, GLOBAL_NAMES, code_name, volley_faults
 from milm_ray.miti.packet import Item
 from milm_ray.miti.sheet import CodedItem

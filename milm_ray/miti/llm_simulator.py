@@ -13,9 +13,9 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from milm_ray.llm.client import LLMClient, Rejected, json_object
+from milm_ray.llm.client import LLMClient, Rejected
 from milm_ray.llm.exchange import Row, Task, Unusable, Usage, exchange
-from milm_ray.llm.replies import Request, Subject
+from milm_ray.llm.replies import Request, Subject, json_object
 from milm_ray.miti.client_model import ACTIONS, Assignment, ClientModel, Profile, Reading, Step
 from milm_ray.prompts import load
 from milm_ray.schema import Turn

@@ -6,15 +6,16 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from milm_ray.config import LLMSection
 from milm_ray.errors import UserError
-from milm_ray.llm.client import BudgetReached, LLMClient, Rejected, find_key, json_object
+from milm_ray.llm.client import BudgetReached, LLMClient, Rejected, find_key
 from milm_ray.llm.limits import SILENT, Limits
-from milm_ray.llm.replies import Reply, Request
+from milm_ray.llm.replies import Reply, Request, json_object
 from milm_ray.llm.reply_store import ReplyStore
 from milm_ray.workspace import Workspace
 from tests.llm_server_process import KEY, ServerProcess
@@ -166,6 +167,55 @@ def test_a_server_without_structured_output_is_asked_without(start: Start) -> No
     assert len(server.events("refused")) == 2  # by schema, then any JSON; then it is known
 
 
+def test_rows_that_a_server_refuses_cost_themselves_only(start: Start) -> None:
+    """As content filters do; even where they come first, or are all that is left."""
+    client, server = start({"concurrency": 1}, refuse="对话[1-5]$")
+    for _ in range(2):
+        replies = ask(client, 1, 2, 3, 4, 5, schema=True)
+        assert [getattr(reply, "reason", "") for reply in replies] == ["bad_request"] * 5
+        client = LLMClient(client.settings, client.store)
+    assert len(server.events("answered")) == 2  # once a process, something harmless
+    assert isinstance(ask(client, 6, schema=True)[0], Reply)
+    assert server.events("asked")[-1]["format"] == "json_schema"
+
+
+def test_settings_that_a_server_refuses_stop_the_job(start: Start) -> None:
+    client, server = start({"concurrency": 2}, refuse=".")
+    replies = ask(client, 1, 2, 3, 4)
+    assert any(isinstance(reply, UserError) for reply in replies)
+    (error,) = {str(reply) for reply in replies if isinstance(reply, UserError)}
+    assert "refused the request (HTTP 400): " in error
+    assert "check model" in error
+    assert server.events("answered") == []
+
+
+def test_a_used_up_balance_stops_the_job_and_rejects_nothing(start: Start) -> None:
+    client, _ = start({"concurrency": 1}, refuse="对话2", refuse_status=402)
+    reply, error = ask(client, 1, 2)
+    assert isinstance(reply, Reply)
+    assert isinstance(error, UserError)
+    assert "add credit" in error.fix
+
+
+def test_half_a_character_in_a_reply_is_stored_as_its_escape(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, _ = start()
+    message = SimpleNamespace(content='{"a": "好的\ud83d"}', refusal=None)
+    choices = [SimpleNamespace(message=message, finish_reason="stop")]
+    completion = SimpleNamespace(choices=choices, usage=None, model="m")
+
+    async def answer(request: Request) -> SimpleNamespace:
+        return completion
+
+    monkeypatch.setattr(client, "_call", answer)
+    (reply,) = ask(client, 1)
+    assert isinstance(reply, Reply)
+    assert client.recall(question(1)) == reply
+    with pytest.raises(ValueError, match="surrogate"):
+        json_object(reply.text)
+
+
 def test_a_server_that_is_gone_stops_the_job_instead_of_rejecting_rows(start: Start) -> None:
     client, server = start({"max_attempts": 2})
     assert isinstance(ask(client, 1)[0], Reply)
@@ -248,13 +298,20 @@ def test_requests_per_minute_and_tokens_per_minute_hold() -> None:
         ('{"a": 1}', {"a": 1}),
         ('```json\n{"a": 1}\n```', {"a": 1}),
         ('<think>{"a": 2}</think>\n{"a": 1}', {"a": 1}),
+        ('{"a": "\\ud83d\\ude00"}', {"a": "😀"}),
     ],
 )
 def test_a_json_object_is_read_bare_fenced_or_after_reasoning(text: str, value: object) -> None:
     assert json_object(text) == value
 
 
-@pytest.mark.parametrize("text", ["", "[1]", '好的：{"a": 1}', '{"a": 1', '{"a": 1} 完', "null"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *["", "[1]", '好的：{"a": 1}', '{"a": 1', '{"a": 1} 完', "null"],
+        '{"a": ["好的\\ud83d"]}',  # half of a surrogate pair
+    ],
+)
 def test_anything_else_is_not_a_json_object(text: str) -> None:
     with pytest.raises(ValueError, match=r"."):
         json_object(text)
