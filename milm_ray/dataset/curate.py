@@ -10,6 +10,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -30,7 +31,7 @@ from milm_ray.dataset.table_rows import Row
 from milm_ray.dataset.transcript import transcript
 from milm_ray.errors import UserError
 from milm_ray.job import Plan, Stage, finished, log
-from milm_ray.llm.ask import Asking
+from milm_ray.llm.ask import Asking, ask_again, unasked
 from milm_ray.llm.exchange import Answer
 from milm_ray.llm.replies import Request, Subject
 from milm_ray.llm.reply_store import answered_by
@@ -95,8 +96,11 @@ def plan(config: Config, workspace: Workspace) -> Plan:
 def run(config: Config, workspace: Workspace) -> Mapping[str, Any]:
     """Judge, select, draw Figure 2; returns the manifest of the selection."""
     fingerprint = _fingerprint(config, workspace)
-    if not finished(workspace, "verdicts", fingerprint) or _unasked(workspace):
-        _judge(config, workspace, fingerprint)
+    make = partial(_judge, config, workspace, fingerprint)
+    if not finished(workspace, "verdicts", fingerprint):
+        make()
+    elif _unasked(workspace):
+        ask_again(workspace, "verdicts", fingerprint, make)
     fingerprint = _selection_fingerprint(config, workspace)
     if not finished(workspace, "selection", fingerprint):
         _select(config, workspace, fingerprint)
@@ -113,8 +117,7 @@ def run(config: Config, workspace: Workspace) -> Mapping[str, Any]:
 
 
 def _unasked(workspace: Workspace) -> bool:
-    """Whether some dialogue is unscored only because the server never answered: ask again."""
-    return "no_reply" in workspace.manifest("verdicts")["counts"]["unscored_by_reason"]
+    return unasked(workspace.manifest("verdicts")["counts"]["unscored_by_reason"])
 
 
 def _judge(config: Config, workspace: Workspace, fingerprint: Mapping[str, Any]) -> None:

@@ -10,6 +10,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -21,7 +22,7 @@ from milm_ray.dataset.target import target_behavior
 from milm_ray.dataset.transcript import transcript
 from milm_ray.errors import UserError
 from milm_ray.job import Plan, Stage, finished, log
-from milm_ray.llm.ask import Asking
+from milm_ray.llm.ask import Asking, ask_again, unasked
 from milm_ray.llm.exchange import Answer, Unusable
 from milm_ray.llm.replies import Request, Subject, json_object
 from milm_ray.llm.reply_store import answered_by
@@ -190,8 +191,11 @@ def run(config: Config, workspace: Workspace) -> Mapping[str, Any]:
     Raises UserError, after everything is written, when more than `max_reject_rate` are rejected.
     """
     fingerprint = _fingerprint(config, workspace)
-    if not finished(workspace, ARTIFACT, fingerprint) or _unasked(workspace):
-        _transcribe(config, workspace, fingerprint)
+    make = partial(_transcribe, config, workspace, fingerprint)
+    if not finished(workspace, ARTIFACT, fingerprint):
+        make()
+    elif _unasked(workspace):
+        ask_again(workspace, ARTIFACT, fingerprint, make)
     manifest = workspace.manifest(ARTIFACT)
     counts = manifest["counts"]
     rate = counts["rejected"] / max(1, counts["asked"])
@@ -206,8 +210,7 @@ def run(config: Config, workspace: Workspace) -> Mapping[str, Any]:
 
 
 def _unasked(workspace: Workspace) -> bool:
-    """Whether some row was rejected only because the server never answered: ask again."""
-    return "no_reply" in workspace.manifest(ARTIFACT)["counts"]["rejected_by_reason"]
+    return unasked(workspace.manifest(ARTIFACT)["counts"]["rejected_by_reason"])
 
 
 def _transcribe(config: Config, workspace: Workspace, fingerprint: Mapping[str, Any]) -> None:

@@ -9,12 +9,12 @@ that was killed at any moment goes on by running again.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from milm_ray.config import Config, LLMSection
 from milm_ray.errors import UserError
-from milm_ray.job import Plan, connect
+from milm_ray.job import Plan, connect, log
 from milm_ray.llm.asker import Asker, Secrets, blocks, shape
 from milm_ray.llm.client import not_recorded
 from milm_ray.llm.exchange import Answer, Row, Task, Usage, exchange
@@ -25,6 +25,9 @@ from milm_ray.llm.replies import Request, request_key
 from milm_ray.llm.reply_store import ReplyStore
 from milm_ray.llm.tokens import estimate_tokens
 from milm_ray.workspace import Workspace
+
+# Why a row has no reply: nothing was paid for it, so the next run asks again.
+_WITHOUT_REPLY = {"no_reply", "bad_request"}
 
 
 class Call(NamedTuple):
@@ -221,6 +224,27 @@ class Asking:
             },
         )
         yield from outcomes.iter_rows()
+
+
+def unasked(reasons: Iterable[str]) -> bool:
+    """Whether some row was rejected without a reply (reasons: those in an artifact's counts)."""
+    return not _WITHOUT_REPLY.isdisjoint(reasons)
+
+
+def ask_again(
+    workspace: Workspace, artifact: str, fingerprint: Mapping[str, Any], make: Callable[[], Any]
+) -> None:
+    """Make a finished artifact anew, for the rows of it that have no reply.
+
+    A few of them must not hold up what needs the artifact: where the server is gone, it stays.
+    """
+    log.info("some rows of %s/ have no reply; they are asked for again", artifact)
+    try:
+        make()
+    except UserError as error:
+        if not workspace.is_done(artifact, fingerprint):
+            raise
+        log.warning("%s/ stays as it is; asked again, some rows got no reply: %s", artifact, error)
 
 
 def _prompt_estimate(request: Request) -> int:

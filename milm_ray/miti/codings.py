@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import pyarrow as pa
 
 from milm_ray.config import Config
 from milm_ray.job import Plan, Stage, finished, log
-from milm_ray.llm.ask import Asking
+from milm_ray.llm.ask import Asking, ask_again, unasked
 from milm_ray.llm.reply_store import answered_by
 from milm_ray.miti import annomi, chinese_coder, study_packet, trained_coder
 from milm_ray.miti.coding_scheme import CODE_NAMES
@@ -92,15 +93,21 @@ def _llm_name(config: Config) -> str:
 
 
 def _unasked(workspace: Workspace) -> bool:
-    """Whether some dialogue is uncoded only because the server never answered: ask again."""
-    return "no_reply" in workspace.manifest(ARTIFACT)["counts"]["uncoded_by_reason"]
+    return unasked(workspace.manifest(ARTIFACT)["counts"]["uncoded_by_reason"])
 
 
 def run(config: Config, workspace: Workspace) -> Mapping[str, Any]:
     """Collect every coding there is; returns the manifest of `codings/`."""
     fingerprint = _fingerprint(config, workspace)
-    if finished(workspace, ARTIFACT, fingerprint) and not _unasked(workspace):
-        return workspace.manifest(ARTIFACT)
+    make = partial(_collect, config, workspace, fingerprint)
+    if not finished(workspace, ARTIFACT, fingerprint):
+        make()
+    elif _unasked(workspace):
+        ask_again(workspace, ARTIFACT, fingerprint, make)
+    return workspace.manifest(ARTIFACT)
+
+
+def _collect(config: Config, workspace: Workspace, fingerprint: Mapping[str, Any]) -> None:
     started = time.time()
     packet = study_packet.load_packet(workspace)
     languages = {i: entry["language"] for i, entry in study_packet.load_key(workspace).items()}
@@ -131,7 +138,7 @@ def run(config: Config, workspace: Workspace) -> Mapping[str, Any]:
     workspace.write_table(pa.Table.from_pylist(rows, CODINGS), ARTIFACT)
     uncoded = [row["reason"].partition(":")[0] for row in rows if row["status"] == "uncoded"]
     by_coder = Counter(f"{row['coder']} ({row['source']})" for row in rows)
-    return workspace.commit(
+    workspace.commit(
         ARTIFACT,
         stage="code",
         settings=config.miti,

@@ -9,6 +9,7 @@ from llm_server import right_answer
 from miti_sample import config_of, filled, with_sessions
 
 from milm_ray.errors import UserError
+from milm_ray.llm.ask import Asking
 from milm_ray.llm.exchange import Unusable
 from milm_ray.llm.replies import Reply, request_key
 from milm_ray.llm.reply_store import ReplyStore
@@ -286,6 +287,21 @@ def test_an_llms_codings_come_from_the_store_and_an_unusable_one_is_uncoded(tmp_
     assert sorted(cell[-1] for cell in empathy[2:4]) == [2, 3]  # the uncoded one is out
     shown = json.loads(ws.read_text("study", "study.json"))["uncoded"]
     assert [(row["item_id"], row["coder"]) for row in shown] == [("item-03", "llm m")]
+
+
+def test_a_dialogue_that_the_llm_did_not_get_to_code_holds_up_nothing(tmp_path, monkeypatch):
+    config = config_of(tmp_path, "miti.automatic=[llm]", "coder.model=m")
+    ws, _ = with_sessions(config)
+    study_packet.run(config, ws)
+
+    def unreached(asking, rows, missing):
+        return {call.number: ("bad_request", "HTTP 400") for call in missing}
+
+    monkeypatch.setattr(Asking, "_send", unreached)
+    manifest = codings.run(config, ws)
+    assert manifest["counts"]["uncoded_by_reason"] == {"bad_request": 6}
+    offline = config.model_copy(update={"coder": config.coder.model_copy(update={"offline": True})})
+    assert codings.run(offline, ws) == manifest
 
 
 CELLS = """table,group,variable,mean,q1,q3,n
