@@ -22,7 +22,7 @@ from typing import Any
 
 from milm_ray import logs
 from milm_ray.config import Config, load_config
-from milm_ray.errors import EXIT_FAILED, UserError
+from milm_ray.errors import EXIT_FAILED, ConfigError, UserError
 from milm_ray.nodes import check_reach
 from milm_ray.workspace import Workspace
 
@@ -94,7 +94,7 @@ def main(description: str, stages: Sequence[Stage], argv: Sequence[str] | None =
         config = load_config(options.config, options.override, sorted(wanted), formats)
         logs.set_up(config.ray.log)
         workspace = Workspace.open(config.workspace)
-        plans = [(stage, stage.plan(config, workspace)) for stage in stages]
+        plans = _plans(stages, config, workspace)
         log.info("workspace: %s", workspace.uri)
         for stage, plan in plans:
             for line in plan.lines():
@@ -116,6 +116,27 @@ def main(description: str, stages: Sequence[Stage], argv: Sequence[str] | None =
         print("interrupted; run the same command again to resume", file=sys.stderr, flush=True)
         return EXIT_FAILED
     return 0
+
+
+def _plans(
+    stages: Sequence[Stage], config: Config, workspace: Workspace
+) -> list[tuple[Stage, Plan]]:
+    """Each stage with its plan.
+
+    What a stage needs may be half removed, or of an older configuration, while one ahead of it is
+    still to make it anew. Its plan is then not known yet; what is still missing after that, its
+    `run` says.
+    """
+    plans: list[tuple[Stage, Plan]] = []
+    for stage in stages:
+        try:
+            plan = stage.plan(config, workspace)
+        except UserError as error:
+            if isinstance(error, ConfigError) or all(ahead.done for _, ahead in plans):
+                raise
+            plan = Plan(notes=(f"not known before the stages ahead of it ran: {error.cause}",))
+        plans.append((stage, plan))
+    return plans
 
 
 def _run_stage(stage: Stage, config: Config, workspace: Workspace, where: str) -> None:

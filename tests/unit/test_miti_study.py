@@ -295,11 +295,11 @@ def test_a_dialogue_that_the_llm_did_not_get_to_code_holds_up_nothing(tmp_path, 
     study_packet.run(config, ws)
 
     def unreached(asking, rows, missing):
-        return {call.number: ("bad_request", "HTTP 400") for call in missing}
+        return {call.number: ("no_reply", "HTTP 500") for call in missing}
 
     monkeypatch.setattr(Asking, "_send", unreached)
     manifest = codings.run(config, ws)
-    assert manifest["counts"]["uncoded_by_reason"] == {"bad_request": 6}
+    assert manifest["counts"]["uncoded_by_reason"] == {"no_reply": 6}
     offline = config.model_copy(update={"coder": config.coder.model_copy(update={"offline": True})})
     assert codings.run(offline, ws) == manifest
 
