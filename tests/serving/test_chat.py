@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import itertools
 import json
 import sqlite3
@@ -22,6 +23,7 @@ from alembic.migration import MigrationContext
 from milm_ray.models.messages import INSTRUCTION
 from milm_ray.serve_settings import ChatSection
 from milm_ray.serving.chat.database import Database, database_url
+from milm_ray.serving.chat.store import Store
 from milm_ray.serving.chat.tables import Base
 from tests.serving.chat_model import ASKED, DRUG, SAID, SLOW
 from tests.serving.chat_processes import ChatServer, ModelServer, Person
@@ -188,6 +190,27 @@ def test_a_replica_that_is_stopped_hands_its_replies_over_at_once(
         leaving.terminate()
     someone.url = chat.url
     assert someone.reply(message_id)["content"] == "".join(SLOW)
+
+
+def test_a_message_whose_replica_and_page_have_gone_is_assessed_all_the_same(
+    person: Person, database: str
+) -> None:
+    async def stored_by_a_replica_that_then_died() -> None:
+        opened = Database(database_url(ChatSection(database=database)))
+        store = Store(opened, "gone", max_rounds=9)
+        digest = hashlib.sha256(person.secret.encode()).hexdigest()
+        reply = await store.send(person.session, digest, uuid.uuid4().hex, "我已经写好遗书了")
+        assert reply is not None
+        await store.release(reply)
+        await opened.close()
+
+    asyncio.run(stored_by_a_replica_that_then_died())
+    for _ in range(300):  # nobody listens
+        if person.messages()[1]["status"] == "done":
+            break
+        time.sleep(0.1)
+    assert person.messages()[1]["kind"] == "preset"
+    assert person.get()["risk"] == "high"
 
 
 def test_a_reply_is_followed_and_stopped_at_another_replica_too(

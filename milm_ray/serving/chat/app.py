@@ -15,7 +15,7 @@ import logging
 import time
 import uuid
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -82,17 +82,16 @@ class Chat:
             )
         await self.database.migrate()
         await asyncio.to_thread(assess, [{"role": "client", "content": "你好，我想聊聊。"}])
-        calls = None
+        chores = [asyncio.create_task(self.replies.take_over())]
         if self.settings.takeover.url is not None:
             takeover = Takeover(self.settings.takeover, self.store)
-            calls = asyncio.create_task(takeover.run())
+            chores.append(asyncio.create_task(takeover.run()))
         try:
             yield
         finally:
-            if calls is not None:
-                calls.cancel()
-                with suppress(asyncio.CancelledError):
-                    await calls
+            for chore in chores:
+                chore.cancel()
+            await asyncio.gather(*chores, return_exceptions=True)
             await self.replies.close()
             await self.upstream.close()
             await self.database.close()

@@ -11,6 +11,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar, cast
 
@@ -35,6 +36,7 @@ from milm_ray.serving.safety import (
 log = logging.getLogger("milm_ray")
 _HEARTBEAT_S = LEASE_S / 4
 _POLL_S = 0.3
+_LOOK_EVERY_S = 1.0
 _OUTAGE_S = 60.0  # how long a reply waits for its database
 Result = TypeVar("Result")
 Event = dict[str, Any]
@@ -137,6 +139,22 @@ class Replies:
                     self.start(reply)
                     continue
             await asyncio.sleep(_POLL_S)
+
+    async def take_over(self) -> None:
+        """Begin anew what another replica has left unfinished, for as long as this one lives.
+
+        Nobody may be listening: a person in a crisis who has closed the page is assessed all the
+        same.
+        """
+        while True:
+            with suppress(Unavailable):
+                for key in await self._store.abandoned():
+                    if len(self._tasks) >= self._settings.max_replies:
+                        break
+                    # What is written here goes on by itself after an outage.
+                    if key not in self._live and (reply := await self._store.claim(*key)):
+                        self.start(reply)
+            await asyncio.sleep(_LOOK_EVERY_S)
 
     # writing -------------------------------------------------------------------------------------
 

@@ -20,7 +20,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from milm_ray.serving.chat.database import Database
 from milm_ray.serving.chat.errors import Refused, not_found
-from milm_ray.serving.chat.tables import ChatMessage, ChatSession, Counter, Intervention
+from milm_ray.serving.chat.tables import PENDING, ChatMessage, ChatSession, Counter, Intervention
 
 LEASE_S = 8.0
 # The tables themselves, for what is done with every sentence: without the bookkeeping of objects.
@@ -215,6 +215,15 @@ class Store:
             )
 
     # replies -------------------------------------------------------------------------------------
+
+    async def abandoned(self) -> list[tuple[str, int]]:
+        """Session and position of each reply whose replica has gone, the oldest first."""
+        statement = sa.select(_MESSAGES.c.session_id, _MESSAGES.c.position).where(
+            sa.text(PENDING), _MESSAGES.c.lease_until < time.time()
+        )
+        async with self._database.read() as transaction:
+            found = await transaction.execute(statement.order_by(_MESSAGES.c.created_at))
+            return [(row.session_id, row.position) for row in found]
 
     async def claim(self, session_id: str, position: int) -> Reply | None:
         """Take over a reply whose replica has gone; None where it is in good hands, or finished."""

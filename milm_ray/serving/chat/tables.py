@@ -12,6 +12,7 @@ from sqlalchemy import (
     String,
     Text,
     UniqueConstraint,
+    text,
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
@@ -22,6 +23,8 @@ _NAMES = {
     "fk": "fk_%(table_name)s_%(column_0_N_name)s_%(referred_table_name)s",
     "pk": "pk_%(table_name)s",
 }
+# Word for word as in a query that is to use the index of these: it has no parameter.
+PENDING = "status = 'pending'"
 
 
 class Base(DeclarativeBase):
@@ -58,7 +61,16 @@ class ChatMessage(Base):
     """
 
     __tablename__ = "chat_messages"
-    __table_args__ = (UniqueConstraint("session_id", "message_id", "role"),)
+    __table_args__ = (
+        UniqueConstraint("session_id", "message_id", "role"),
+        # Of the few that are being written, to find those whose replica has gone.
+        Index(
+            "ix_chat_messages_pending",
+            "session_id",
+            sqlite_where=text(PENDING),
+            postgresql_where=text(PENDING),
+        ),
+    )
 
     session_id: Mapped[str] = mapped_column(
         ForeignKey("chat_sessions.session_id", ondelete="CASCADE"), primary_key=True
