@@ -5,7 +5,9 @@
 
 Samples several replies of each adapter to training rounds, has the judge rank them and writes
 preferences/. Then `python jobs/finetune.py … finetune.method=dpo` tunes the adapters on them. To
-rank replies from elsewhere, put them into candidates/ as schema.PREDICTIONS with a manifest.
+rank replies from elsewhere to rounds of preference_rounds/, put them into candidates/ with
+Workspace.write_table (schema.PREDICTIONS) and Workspace.commit under a stage name of your own:
+nothing is sampled then, and that table stays as it is.
 """
 
 import sys

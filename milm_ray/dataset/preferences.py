@@ -149,9 +149,17 @@ def groups_of(
     """One row per model and round with the different replies to it, in a seeded order to show.
 
     candidates: schema.PREDICTIONS; asked: schema.ROUNDS. Empty and repeated replies are dropped; a
-    group may be left with fewer than two.
+    group may be left with fewer than two. UserError for replies to other rounds.
     """
     by_round = {_round(row): row for row in asked}
+    others = {_round(row) for row in candidates} - by_round.keys()
+    if others:
+        name, index = min(others)
+        raise UserError(
+            f"{CANDIDATES}/ replies to rounds that are not in {ROUNDS_TABLE}/ ({len(others)}, such "
+            f"as round {index} of {name})",
+            "leave them out, or raise preferences.rounds so that more training rounds are in it",
+        )
     replies: dict[tuple[str, str, int], list[str]] = defaultdict(list)
     for row in candidates:
         text = row["text"].strip()

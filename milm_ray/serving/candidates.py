@@ -1,6 +1,7 @@
 """Several sampled replies of every adapter to each round of `preference_rounds/`.
 
 Out: `candidates/` (schema.PREDICTIONS), rounds × models × preferences.seeds; rejects/candidates/.
+A `candidates/` that another stage, or somebody, has committed is given: it stays as it is.
 """
 
 from __future__ import annotations
@@ -32,8 +33,17 @@ def _fingerprint(config: Config, workspace: Workspace) -> dict[str, Any]:
     return batch.made_from(config, workspace, _inputs(config), config.preferences.seeds)
 
 
+def _given(workspace: Workspace) -> bool:
+    """Whether `candidates/` holds replies from elsewhere."""
+    return (
+        workspace.exists(ARTIFACT, MANIFEST) and workspace.manifest(ARTIFACT)["stage"] != STAGE.name
+    )
+
+
 def plan(config: Config, workspace: Workspace) -> Plan:
     """How many replies will be sampled; writes nothing."""
+    if _given(workspace):
+        return Plan(done=True)
     if not config.models:
         raise ConfigError(["models: name at least one model to sample replies from"])
     seeds = config.preferences.seeds
@@ -47,6 +57,9 @@ def plan(config: Config, workspace: Workspace) -> Plan:
 
 def run(config: Config, workspace: Workspace) -> Mapping[str, Any]:
     """Sample the replies through the endpoints; returns the manifest of `candidates/`."""
+    if _given(workspace):
+        log.info("candidates | candidates/ was not sampled here; its replies are taken as they are")
+        return workspace.manifest(ARTIFACT)
     fingerprint = _fingerprint(config, workspace)
     if finished(workspace, ARTIFACT, fingerprint):
         return workspace.manifest(ARTIFACT)
@@ -66,7 +79,7 @@ def run(config: Config, workspace: Workspace) -> Mapping[str, Any]:
         )
     return workspace.commit(
         ARTIFACT,
-        stage="candidates",
+        stage=STAGE.name,
         settings=config.preferences,
         fingerprint=fingerprint,
         counts=tally.counts(),

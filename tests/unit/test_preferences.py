@@ -24,6 +24,7 @@ from milm_ray.llm.exchange import Answer, Unusable
 from milm_ray.llm.replies import Reply, request_key
 from milm_ray.llm.reply_store import ReplyStore
 from milm_ray.schema import MI_DIALOGUES, PREDICTIONS, PREFERENCES
+from milm_ray.serving import candidates
 from milm_ray.workspace import Workspace
 
 CONFIG = Config.model_validate(
@@ -118,6 +119,22 @@ def test_what_is_judged_are_different_replies_in_a_seeded_order(workspace):
     assert question.count("client") == found[0]["round_index"]
     for place, number in enumerate(found[0]["order"], 1):
         assert f"【{place}】{TEXTS[number]}" in question
+
+
+def test_replies_from_elsewhere_are_ranked_and_not_replaced(workspace):
+    sampled(workspace)
+    given = workspace.manifest("candidates")
+    assert candidates.plan(CONFIG, workspace).done
+    assert candidates.run(CONFIG, workspace) == given
+    assert workspace.read_table("candidates").num_rows == 18
+
+
+def test_replies_to_rounds_that_were_not_chosen_are_named(workspace):
+    sampled(workspace)
+    fewer = Config.model_validate({"preferences": {"rounds": 5}})
+    choose_rounds(fewer, workspace)
+    with pytest.raises(UserError, match=r"not in preference_rounds/ \(1, such as round"):
+        groups(workspace)
 
 
 @pytest.mark.parametrize(
