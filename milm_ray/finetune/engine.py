@@ -259,6 +259,8 @@ def _everywhere(packs: Sequence[Pack]) -> list[str]:
 def save_state(engine: Any, directory: Path, client_state: dict[str, Any]) -> None:
     """Write this worker's part of the resumable state: adapter, optimizer, and client_state."""
     state = {**client_state, "torch_rng": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda_rng"] = torch.cuda.get_rng_state()
     engine.save_checkpoint(
         str(directory), tag=_TAG, client_state=state, exclude_frozen_parameters=True
     )
@@ -272,6 +274,8 @@ def load_state(engine: Any, directory: Path) -> dict[str, Any]:
     if path is None:
         raise FileNotFoundError(f"no DeepSpeed state in {directory}")
     torch.set_rng_state(state["torch_rng"].cpu())
+    if "cuda_rng" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda_rng"].cpu())
     return state
 
 

@@ -29,10 +29,11 @@ log = logging.getLogger("milm_ray")
 
 INPUT = "train"
 LOG_TABLE = "log.parquet"
-# Settings that leave the adapter as it is.
+# Settings that leave the adapter as it is, but for rounding: a run that did not fit goes on with
+# smaller packs from where it was, and the models that are done stay so.
 _NO_INFLUENCE = {
-    *("method", "dpo", "max_failures", "cpus_per_worker"),
-    *("logging_steps", "save_steps", "eval_steps"),
+    *("method", "dpo", "max_failures", "cpus_per_worker", "gpus_per_worker"),
+    *("logging_steps", "save_steps", "eval_steps", "pack_tokens", "gradient_checkpointing"),
 }
 
 

@@ -61,12 +61,14 @@ class PackedLoss(nn.Module):
             use_cache=False,
             **ends,
         ).last_hidden_state[0]
+        # Where ZeRO 3 has divided the weight, reading it here gathers it until the pass is over: by
+        # all workers, those without labels too, or the others would wait for them.
+        weight = causal.lm_head.weight
         if not labelled:
             return hidden.float().sum() * 0.0
         if not ends:
             hidden = hidden[places]
-        # Where ZeRO 3 has divided the weight, reading it here gathers it until the pass is over.
-        return FrozenHeadLoss.apply(hidden, causal.lm_head.weight, targets)
+        return FrozenHeadLoss.apply(hidden, weight, targets)
 
 
 class FrozenHeadLoss(Function):

@@ -7,9 +7,10 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import pyarrow.fs as pafs
 
@@ -23,6 +24,7 @@ from milm_ray.workspace import Workspace
 # Checkpoints that stay beside a finished run; the last one is the finished state.
 _KEPT = 2
 _BOARD = "tensorboard"
+_BEAT_S = 30.0  # far below the time limit of a collective operation
 _T = TypeVar("_T")
 
 
@@ -295,18 +297,22 @@ def _prepared(source: Source, local_rank: int) -> Path:
 
 
 def _together(action: Callable[[], _T]) -> _T:
-    """What the action returns, once all workers have done theirs; a UserError of one is raised on
-    all, so that none waits for another."""
+    """What the action returns, once all workers have done theirs, be it hours (a base that one of
+    them downloads); a UserError of one is raised on all, so that none waits for another."""
     from torch import distributed
 
-    result, failure = None, None
-    try:
-        result = action()
-    except UserError as error:
-        failure = (error.cause, error.fix)
-    failures: list[Any] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(failures, failure)
-    for found in failures:
+    with ThreadPoolExecutor(1) as pool:
+        acting = pool.submit(action)
+        states: list[Any] = [(False, None)] * distributed.get_world_size()
+        while not all(done for done, _ in states):
+            wait([acting], _BEAT_S)
+            done = acting.done()
+            error = acting.exception() if done else None
+            if error is not None and not isinstance(error, UserError):
+                raise error
+            failure = (error.cause, error.fix) if error else None
+            distributed.all_gather_object(states, (done, failure))
+    for _, found in states:
         if found:
             raise UserError(*found)
-    return cast(_T, result)
+    return acting.result()
