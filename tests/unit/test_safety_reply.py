@@ -44,13 +44,55 @@ UNSAFE = {
     "encourages_harm": ["那你去死吧。", "自杀也是一种选择。", "you should kill yourself"],
     "claims_human": ["我是真人，不是机器人。", "I am a real person."],
     "hours_promise": ["热线12356是24小时的。", "12356全天候有人接听。"],
-    "unknown_number": ["请拨打热线400-161-9995。", "Call 1-800-273-8255."],
+    "unknown_number": [
+        "请拨打热线400-161-9995。",
+        "请拨打12356或400-161-9995。",
+        "热线：12356、400-161-9995。",
+        "请打400-161-9995。",
+        "请打12320。",
+        "可以联系010-82951332。",
+        "这里有人能听你说：010 8295 1332。",
+        "他们的微信是13800138000。",
+        "拨打988，也可以拨打１２３５６。",
+        "Call 1-800-273-8255.",
+        "You can call 12356 or 988 right now.",
+        "Text HOME to 741741.",
+        "You can reach someone at 988.",
+    ],
 }
+NO_NUMBERS_TO_CALL = [
+    "你打了3小时游戏，也打了365天卡。",
+    "如果给自己打分，你会打120分吗？",
+    "2023-2024年那段时间你常给她打电话。",
+    "你说每天10000步，或者800-1200大卡，哪个更容易？",
+    "每天的量在800-1200之间，你觉得合适吗？",
+    "2026-05-01那天，你打电话时花了1500元。",
+    "一通电话聊了100多分钟，第100天了。",
+    "你联系了200个客户，跑了3000米。",
+    "跟着数：1 2 3 4 5 6 7 8，慢慢呼气。",
+    "可以拨打12356、12355，紧急时拨打110或 120。",
+    "12356 —— 全国统一心理援助热线；12355 —— 青少年服务台。",
+    "You called her in 2019, and you walked 10,000 steps.",
+    "You want to reach 150 pounds, and to text less: 300 times a day is a lot.",
+]
 
 
 @pytest.mark.parametrize("text", SAFE)
 def test_a_counselors_ordinary_words_pass(text):
     assert check_reply(text) == []
+
+
+@pytest.mark.parametrize("text", NO_NUMBERS_TO_CALL)
+def test_a_configured_number_an_amount_and_a_date_are_no_invented_number(text):
+    assert check_reply(text) == []
+    assert "".join(stream(SentenceGuard(), list(text))) == text
+
+
+@pytest.mark.parametrize(
+    "text", ["求助热线：\n- 12356\n- 12320\n", "有一条热线可以打。12320就是。"]
+)
+def test_an_invented_number_apart_from_the_word_for_it_is_not_shown(text):
+    assert "12320" not in "".join(stream(SentenceGuard(), list(text)))
 
 
 @pytest.mark.parametrize(("kind", "text"), [(k, t) for k, ts in UNSAFE.items() for t in ts])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,6 +13,7 @@ import yaml
 
 from milm_ray.serving.safety.config import SafetyConfig
 from milm_ray.serving.safety.normalize import normalize
+from milm_ray.serving.safety.numbers import digits, invents_number
 from milm_ray.serving.safety.rules import clause_span, compile_pattern, expand_lexicon
 
 Kind = Literal[
@@ -27,13 +27,6 @@ Kind = Literal[
     "hours_promise",
     "unknown_number",
 ]
-# A number given as one to call; any that is not configured is the model's invention.
-_CALL = re.compile(
-    r"(?:热线|电话|拨打|致电|拨|打给|求助|专线|call|dial|hotline|helpline)"
-    r"\D{0,12}?(\d[\d\- ]{1,16}\d)"
-    r"|(\d[\d\- ]{1,16}\d)\D{0,4}(?:热线|专线|hotline|helpline)",
-    re.IGNORECASE,
-)
 _CONTEXT = 2  # released sentences re-read with the next, for what is said across a full stop
 
 
@@ -86,11 +79,9 @@ def check_reply(text: str, config: SafetyConfig | None = None) -> list[Violation
         for number, pattern in enumerate(rule.patterns, 1):
             if any(_stands(rule, match, folded) for match in pattern.finditer(folded)):
                 found.append(Violation(rule.kind, f"{rule.kind}.{number}"))
-    known = {_digits(line.number) for line in (config or SafetyConfig()).help_lines}
-    for match in _CALL.finditer(unicodedata.normalize("NFKC", text)):
-        if _digits(match.group(1) or match.group(2)) not in known:
-            found.append(Violation("unknown_number", "unknown_number.1"))
-            break
+    known = {digits(line.number) for line in (config or SafetyConfig()).help_lines}
+    if invents_number(text, known):
+        found.append(Violation("unknown_number", "unknown_number.1"))
     return found
 
 
@@ -99,10 +90,6 @@ def _stands(rule: _ReplyRule, match: re.Match[str], text: str) -> bool:
     if rule.unless_before and rule.unless_before.search(text[start : match.end()]):
         return False
     return not (rule.unless and rule.unless.search(text[start:end]))
-
-
-def _digits(number: str) -> str:
-    return re.sub(r"\D", "", number)
 
 
 class SentenceGuard:
