@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from miti_sample import config_of, with_sessions
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
 
 from milm_ray.miti import codings, study_packet
 from milm_ray.miti.coding_scheme import GLOBAL_NAMES
@@ -75,6 +75,20 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
 def coded_study(tmp_path_factory: pytest.TempPathFactory) -> Study:
     """Another, of which anna has finished both dialogues; her first utterance is a CR."""
     path, ws = make_study(tmp_path_factory.mktemp("coded"))
+    finish_all(ws, "anna")
+    return path, ws
+
+
+@pytest.fixture(scope="module")
+def agreed_study(tmp_path_factory: pytest.TempPathFactory) -> Study:
+    """A third, of which both coders have finished both dialogues, alike."""
+    path, ws = make_study(tmp_path_factory.mktemp("agreed"))
+    finish_all(ws, "anna")
+    finish_all(ws, "ben")
+    return path, ws
+
+
+def finish_all(ws: Workspace, coder: str) -> None:
     items = study_packet.load_items(ws)
     store = CodingStore.of(ws, items)
     for item in items:
@@ -82,16 +96,15 @@ def coded_study(tmp_path_factory: pytest.TempPathFactory) -> Study:
         places = [(v.number, n + 1) for v in spoken for n in range(len(v.utterances))]
         for row, place in enumerate(places):
             code = "CR" if (item, row) == (items[0], 0) else ("SR", "Q")[row % 2]
-            store.set_code("anna", item.item_id, *place, code)
+            store.set_code(coder, item.item_id, *place, code)
         for name in GLOBAL_NAMES:
-            store.set_score("anna", item.item_id, name, 4)
-        store.set_text("anna", item.item_id, "target_behavior", "早点睡")
-        store.finish("anna", item.item_id)
-    return path, ws
+            store.set_score(coder, item.item_id, name, 4)
+        store.set_text(coder, item.item_id, "target_behavior", "早点睡")
+        store.finish(coder, item.item_id)
 
 
 @pytest.fixture(scope="module")
-def browser(study: Study, coded_study: Study) -> Iterator[Browser]:
+def browser(study: Study, coded_study: Study, agreed_study: Study) -> Iterator[Browser]:
     # After the studies: Playwright keeps an event loop running in this thread.
     with sync_playwright() as playwright:
         started = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
@@ -217,6 +230,67 @@ def test_two_coders_are_adjudicated_and_do_not_see_each_other(
         page.keyboard.press("c")
         expect(page.locator(".u .code").nth(0)).to_have_text("CR")
         page.context.close()
+
+
+def test_what_coders_agree_on_is_taken_over_into_that_dialogue_alone(
+    browser: Browser, agreed_study: Study
+) -> None:
+    with PageServer(agreed_study[0]) as server:
+        page = opened(browser, server, "裁定")
+        expect(page.locator("#target")).to_be_focused()
+        sent: list[dict[str, str]] = []
+        page.on("request", lambda r: sent.append(r.post_data_json) if r.method == "POST" else None)
+        held: list[Route] = []
+        page.route(
+            "**/api/change",
+            lambda route: route.continue_() if held else held.append(route),
+        )
+        with page.expect_request("**/api/change"):
+            page.get_by_role("button", name="采用一致的编码与评分").click()
+        # Another dialogue is opened while the first request of many is under way.
+        page.get_by_role("button", name="item-02").click()
+        held[0].continue_()
+        expect(page.locator("#name")).to_have_text("item-02")
+        page.locator("#dialogue").focus()
+        page.keyboard.press("x")
+        expect(page.locator(".u .code").first).to_have_text("CON")
+        saved(page)
+        assert [change["item"] for change in sent].count("item-02") == 1
+        assert sent[-1]["code"] == "confront"
+        page.context.close()
+
+
+def test_text_that_the_server_did_not_get_is_sent_again(
+    browser: Browser, study: Study, server: PageServer
+) -> None:
+    page = opened(browser, server, "anna")
+    page.get_by_role("button", name="item-01").click()
+    reopen, lost = page.get_by_role("button", name="重新打开"), re.compile("没有保存")
+    if reopen.is_visible():
+        reopen.click()
+    target, comment = page.locator("#target"), page.locator("#comment")
+    expect(target).to_be_enabled()
+    page.route("**/api/change", lambda route: route.abort())
+    target.fill("少看手机")
+    page.locator("#dialogue").focus()
+    expect(page.locator("#saved")).to_have_text(lost)
+    page.unroute("**/api/change")
+    with page.expect_response(lambda r: "少看手机" in (r.request.post_data or "")):
+        page.keyboard.press("0")
+    saved(page)
+
+    page.route("**/api/change", lambda route: route.abort())
+    comment.fill("no codes")
+    page.get_by_role("button", name="item-02").click()
+    expect(page.locator("#message")).to_have_text(lost)
+    expect(page.locator("#name")).to_have_text("item-01")  # nothing is left behind unsaved
+    page.unroute("**/api/change")
+    page.get_by_role("button", name="item-02").click()
+    expect(page.locator("#name")).to_have_text("item-02")
+    page.get_by_role("button", name="item-01").click()
+    expect(comment).to_have_value("no codes")
+    expect(target).to_have_value("少看手机")
+    page.context.close()
 
 
 def test_the_page_is_for_this_machine_and_this_page_alone(study: Study, server: PageServer) -> None:
