@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from milm_ray.errors import UserError
 from milm_ray.miti.volleys import Volley, volleys
 from milm_ray.schema import Turn
 
 MASK = "〔…〕"
-# What tells a coder that a model speaks, and which. Longer terms first.
+_VERSION = r"(?:[ _-]?\d+(?:\.\d+)?[a-z]?)?(?:[_-]\d+[a-z])*(?:[_-](?:chat|instruct|base))?"
+# What tells a coder that a model speaks, and which, as regular expressions; of two that begin
+# alike the longer comes first. A name goes with its version and size, which would tell it too.
 GIVE_AWAYS = (
     "我是一个人工智能助手",
     "作为一个人工智能",
@@ -26,18 +28,13 @@ GIVE_AWAYS = (
     "人工智能",
     "语言模型",
     "AI助手",
-    "ChatGLM",
-    "GLM-4",
-    "智谱清言",
-    "智谱",
-    "Baichuan2",
-    "Baichuan",
-    "百川",
-    "Llama-3",
-    "Llama",
+    rf"(?:Chat)?GLM{_VERSION}",
+    "智谱(?:清言|AI)?",
+    rf"(?:Baichuan|百川(?:大模型|智能)?){_VERSION}",
+    rf"Llama{_VERSION}",
+    rf"(?:Qwen|通义千问){_VERSION}",
     "Meta AI",
-    "ChatGPT",
-    "GPT-4",
+    rf"(?:Chat)?GPT{_VERSION}",
     "OpenAI",
 )
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f]")
@@ -80,9 +77,7 @@ class Packet:
         return next((item for item in self.items if item.item_id == item_id), None)
 
 
-def make_packet(
-    candidates: Sequence[Candidate], seed: int, give_aways: Iterable[str] = GIVE_AWAYS
-) -> Packet:
+def make_packet(candidates: Sequence[Candidate], seed: int) -> Packet:
     """Shuffle, rename and mask dialogues for blind coding; the same seed gives the same packet.
 
     Ids are "item-01"…: words, so that no spreadsheet takes them for a number or a date.
@@ -103,20 +98,19 @@ def make_packet(
     # Sorted first, so that the packet depends on the seed and not on the order of arrival.
     ordered = sorted(candidates, key=lambda candidate: candidate.dialogue_id)
     random.Random(seed).shuffle(ordered)
-    terms = sorted(give_aways, key=len, reverse=True)
-    pattern = re.compile("|".join(map(re.escape, terms)), re.IGNORECASE) if terms else None
+    pattern = re.compile("|".join(GIVE_AWAYS), re.IGNORECASE)
     width = max(2, len(str(len(ordered))))
     items, key, masked = [], {}, {}
     for number, candidate in enumerate(ordered, 1):
         item_id = f"item-{number:0{width}d}"
-        turns, hidden = [], 0
-        for turn in candidate.turns:
-            text = _CONTROL.sub(" ", turn.content)
-            if pattern:
-                text, found = pattern.subn(MASK, text)
-                hidden += found
-            turns.append(Turn(turn.role, text))
-        items.append(Item(item_id, tuple(volleys(turns))))
+        turns = [Turn(turn.role, _CONTROL.sub(" ", turn.content)) for turn in candidate.turns]
+        shown, hidden = [], 0
+        # Masked after the cut into sentences, which a mask's own marks would move.
+        for volley in volleys(turns):
+            cut = [pattern.subn(MASK, text) for text in volley.utterances]
+            shown.append(replace(volley, utterances=tuple(text for text, _ in cut)))
+            hidden += sum(found for _, found in cut)
+        items.append(Item(item_id, tuple(shown)))
         key[item_id] = (candidate.dialogue_id, candidate.group)
         masked[item_id] = hidden
     return Packet(tuple(items), key, masked)

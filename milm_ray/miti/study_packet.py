@@ -151,8 +151,9 @@ def _keep_coded(config: Config, workspace: Workspace, packet: Packet) -> None:
     if begun:
         raise UserError(
             "the dialogues are no longer those of packet/, which people have begun to code "
-            f"({', '.join(begun)}): sessions/ or the settings of miti have changed",
-            "give the settings that made packet/, or move people's work away to begin anew",
+            f"({', '.join(begun)}): sessions/, the settings of miti or this program have changed",
+            "use the settings and the version that made packet/, or move people's work away to "
+            "begin anew",
         )
 
 
