@@ -30,7 +30,7 @@ class SimulateSection(Section):
 class MitiSection(Section):
     """The MITI study: who is coded, by whom, and what is compared."""
 
-    annomi: Annotated[str, input_path("miti")] | None = Field(
+    annomi: Annotated[str, input_path("miti", "file")] | None = Field(
         None, description="AnnoMI-full.csv for the group of real dialogues; None: no such group"
     )
     annomi_dialogues: int = Field(30, ge=1, description="paper: 30")
@@ -40,7 +40,7 @@ class MitiSection(Section):
     coders: list[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]] = Field(
         ["coder-1", "coder-2"], description="people; a sheet is made for each"
     )
-    sheets: Annotated[str, input_path("miti")] | None = Field(
+    sheets: Annotated[str, input_path("miti", "directory")] | None = Field(
         None,
         description="directory of coded sheets; None: `sheets/` in the workspace, if it exists",
     )
@@ -48,6 +48,6 @@ class MitiSection(Section):
         ["trained"], description="automatic coders beside people's codes; `coder` is the llm"
     )
     resamples: int = Field(2000, ge=100, description="of the intervals")
-    paper_cells: Annotated[str, input_path("miti")] | None = Field(
+    paper_cells: Annotated[str, input_path("miti", "file")] | None = Field(
         None, description="CSV of the paper's cells (table, group, variable, mean, …): docs/miti.md"
     )

@@ -143,7 +143,7 @@ def read(path: Path) -> list[Session]:
             )
             for row in reader:
                 rows[row["transcript_id"]][int(row["utterance_id"])].append(row)
-    except (OSError, UnicodeDecodeError, ValueError) as error:
+    except (OSError, ValueError, TypeError, csv.Error) as error:
         raise UserError(
             f"{path} cannot be read: {error}", "give the path of AnnoMI-full.csv"
         ) from error

@@ -214,14 +214,18 @@ def guide_lines() -> list[list[str]]:
 
 def read_xlsx(path: Path, packet: Packet, coder: str) -> list[CodedItem]:
     """A coder's workbook, checked against the packet. Raises SheetError naming every fault."""
+    import zlib
     from zipfile import BadZipFile
 
     from openpyxl import load_workbook
     from openpyxl.utils.exceptions import InvalidFileException
 
+    # What openpyxl lets through of damaged archives, and of damaged XML in them.
+    archive = (BadZipFile, InvalidFileException, OSError, EOFError, RuntimeError, zlib.error)
+    xml = (SyntaxError, LookupError, ValueError, TypeError, AttributeError)
     try:
         book = load_workbook(path, data_only=True)
-    except (BadZipFile, InvalidFileException, KeyError, OSError) as error:
+    except (*archive, *xml) as error:
         raise SheetError(
             coder, [f"{path.name} is not a readable .xlsx workbook: {error}"]
         ) from error
@@ -243,11 +247,14 @@ def read_csv(utterances: Path, globals_: Path, packet: Packet, coder: str) -> li
     for path in (utterances, globals_):
         try:
             text = _decode(path.read_bytes())
+            first = text.split("\n", 1)[0]
+            delimiter = max(",;\t", key=first.count)
+            tables.append(list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)))
         except (OSError, UnicodeDecodeError) as error:
             raise SheetError(coder, [f"{path.name} cannot be read: {error}"]) from error
-        first = text.split("\n", 1)[0]
-        delimiter = max(",;\t", key=first.count)
-        tables.append(list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)))
+        except csv.Error as error:
+            why = f'{error} (look for a " that nothing closes)'
+            raise SheetError(coder, [f"{path.name} cannot be read: {why}"]) from error
     return _import(tables[0], tables[1], packet, coder)
 
 

@@ -311,10 +311,10 @@ def _gain_rows(
 
 def _paper_bleu(config: Config, model: str, metric: str) -> str | None:
     known = config.models.get(model)
-    if metric != "bleu_4" or known is None:
+    of_paper = paper.BLEU_4.get(known.chat_format) if known else None
+    if metric != "bleu_4" or of_paper is None:
         return None
-    base, tuned = paper.BLEU_4[known.chat_format]
-    return f"{base:.2f} → {tuned:.2f}"
+    return "{:.2f} → {:.2f}".format(*of_paper)
 
 
 def _estimate(row: Mapping[str, Any], name: str) -> Estimate:

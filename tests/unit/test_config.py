@@ -39,6 +39,19 @@ def test_all_problems_are_reported_at_once(tmp_path):
     assert len(caught.value.problems) == 7
 
 
+def test_a_folder_in_place_of_a_file_and_a_file_in_place_of_a_folder_are_named(tmp_path):
+    path = write(tmp_path, "seed: 1\n")
+    wrong = [f"miti.annomi={tmp_path}", f"miti.sheets={path}", "miti.paper_cells=s3://b/cells.csv"]
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, wrong, check_paths=["miti"])
+    for problem in (
+        f"miti.annomi: not a file: {tmp_path}",
+        f"miti.sheets: not a directory: {path}",
+        "miti.paper_cells: no such file: s3://b/cells.csv",
+    ):
+        assert problem in str(caught.value)
+
+
 def test_paths_are_checked_only_for_the_sections_a_job_reads(tmp_path):
     path = write(tmp_path, "ingest: {corpora: {cpsycound: {path: /no/such/place}}}\n")
     assert load_config(path).ingest.corpora["cpsycound"].path == "/no/such/place"

@@ -1,6 +1,7 @@
 import csv
 import datetime
 import pickle
+import zipfile
 from pathlib import Path
 
 import openpyxl
@@ -205,6 +206,18 @@ def test_files_that_are_no_sheets_are_refused(tmp_path):
         sheet.read_xlsx(broken, work, "anna")
     with pytest.raises(sheet.SheetError, match="cannot be read"):
         sheet.read_csv(tmp_path / "none.csv", broken, work, "anna")
+    whole = tmp_path / "whole.xlsx"
+    sheet.write_xlsx(work.items, whole)
+    with zipfile.ZipFile(whole) as book, zipfile.ZipFile(broken, "w") as cut:
+        for name in book.namelist():
+            data = book.read(name)
+            cut.writestr(name, data[: len(data) // 2] if "sheet1" in name else data)
+    with pytest.raises(sheet.SheetError, match=r"anna\.xlsx is not a readable"):
+        sheet.read_xlsx(broken, work, "anna")
+    stray = tmp_path / "stray.csv"
+    stray.write_text('item,code\n"item-01,Q\n' + "item-02,Q\n" * 20_000, encoding="utf-8")
+    with pytest.raises(sheet.SheetError, match=r"stray\.csv cannot be read: .* nothing closes"):
+        sheet.read_csv(stray, stray, work, "anna")
     error = sheet.SheetError("anna", [f"fault {i}" for i in range(60)])
     assert "and 10 more" in str(error)
     assert pickle.loads(pickle.dumps(error)).faults == error.faults
@@ -227,6 +240,25 @@ def test_packet_is_blind_and_reproducible():
     assert set(first.masked.values()) == {2}
     with pytest.raises(UserError, match=r"d0 is there twice.*mute has no counselor turn"):
         make_packet([*candidates, candidates[0], Candidate("mute", "g", turns[:1])], 7)
+
+
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        ("我是GLM4。您好！", "我是〔…〕。您好！"),
+        ("我是ChatGLM-4-9B-Chat，很高兴。", "我是〔…〕，很高兴。"),
+        ("我叫Llama3，Llama 3.1-8B-Instruct也行。", "我叫〔…〕，〔…〕也行。"),
+        ("Baichuan2-7B-Chat、百川2和百川大模型。", "〔…〕、〔…〕和〔…〕。"),
+        ("我是Qwen2.5-7B-Instruct。", "我是〔…〕。"),
+        ("好的。我是智谱AI的。", "好的。我是〔…〕的。"),
+        ("作为一个AI。人工智能助手。好。", "〔…〕。〔…〕。好。"),
+    ],
+)
+def test_a_model_s_name_is_hidden_with_its_version_and_no_sentence_is_cut(said, shown):
+    turns = [Turn("client", "您好"), Turn("counselor", said)]
+    (item,) = make_packet([Candidate("d", "g", turns)], 0).items
+    assert "".join(item.volleys[1].utterances) == shown
+    assert len(item.volleys[1].utterances) == len(split_utterances(said))
 
 
 def test_volleys_join_a_speakers_neighbouring_turns():

@@ -17,7 +17,7 @@ from milm_ray.config import Config, load_config
 from milm_ray.errors import UserError
 from milm_ray.miti import codings, study, study_packet
 from milm_ray.miti.paper_study import NOTES
-from milm_ray.report import paper
+from milm_ray.report import page, paper, run
 from milm_ray.report.blocks import INTERVAL, Column, Estimate, Table
 from milm_ray.report.stage import STAGE
 from milm_ray.workspace import Workspace
@@ -125,6 +125,18 @@ def test_paper_stands_beside_each_model(built: tuple[Config, Workspace, str]) ->
         assert row.source in text
     for note in paper.NOTES:  # this sample has no curation
         assert (note.finding in text) == (note.section != "curation")
+
+
+def test_a_model_that_the_paper_lacks_has_no_figure_of_it(
+    built: tuple[Config, Workspace, str],
+) -> None:
+    config, ws, _ = built
+    qwen = config.models["glm4"].model_copy(update={"chat_format": "qwen2"})
+    other = config.model_copy(update={"models": {**config.models, "glm4": qwen}})
+    tables = page.tables(page.sections(other, ws, run.manifests(ws)))
+    (scores,) = (table for table in tables if table.name == "figure3_scores_greedy")
+    of_paper = {row[0]: row[-1] for row in scores.rows if row[1] == "BLEU-4"}
+    assert of_paper == {"baichuan2": "2.10 → 5.84", "glm4": None, "llama3": "2.39 → 5.79"}
 
 
 def test_every_section_names_the_manifests_behind_it(built: tuple[Config, Workspace, str]) -> None:
