@@ -18,6 +18,7 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.serve.schema import ServeDeploySchema
 
 from milm_ray.config import load_config
+from milm_ray.serve_settings import ChatSection
 from milm_ray.serving.chat.build import ChatArgs
 from milm_ray.serving.models import AppArgs
 
@@ -131,13 +132,18 @@ def test_the_served_applications_are_built_from_valid_arguments(name: str, text:
 
 def test_the_kubernetes_service_is_the_same_behind_keys():
     here, there = (yaml.safe_load(text) for _, text in serve_configs())
-    text = yaml.safe_dump(here).replace("runs/paper", "/mnt/milm/runs/paper")
-    expected = yaml.safe_load(text.replace("sqlite:////mnt", "sqlite:///mnt"))
+    expected = yaml.safe_load(yaml.safe_dump(here).replace("runs/paper", "/mnt/milm/runs/paper"))
     expected["http_options"]["host"] = "0.0.0.0"
     models, chat = expected["applications"]
     models["args"]["ingress"]["keys_file"] = chat["args"]["keys_file"] = "/mnt/milm/keys.json"
-    chat["args"]["database"] = "sqlite:////mnt/milm/runs/paper/chat/sessions.sqlite3"
+    del chat["args"]["database"]  # a database that several nodes may use, from the secret
     assert there == expected
+    cluster = read(ROOT / "deploy" / "kuberay" / "rayservice.yaml")["spec"]["rayClusterConfig"]
+    section = ChatSection()
+    for group in [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]:
+        (container,) = group["template"]["spec"]["containers"]
+        names = {variable["name"] for variable in container["env"]}
+        assert names == {section.models_key_env, section.database_env}
 
 
 @pytest.mark.parametrize("path", KUBERAY, ids=lambda path: path.stem)
