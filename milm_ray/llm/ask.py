@@ -21,7 +21,7 @@ from milm_ray.llm.exchange import Answer, Row, Task, Usage, exchange
 from milm_ray.llm.limits import shared_limits
 from milm_ray.llm.prices import cost_of, price_of
 from milm_ray.llm.progress import Progress
-from milm_ray.llm.replies import Request, request_key
+from milm_ray.llm.replies import Reply, Request, request_key
 from milm_ray.llm.reply_store import ReplyStore
 from milm_ray.llm.tokens import estimate_tokens
 from milm_ray.workspace import Workspace
@@ -61,19 +61,24 @@ class Asking:
 
     def from_store(self, row: Row) -> Answer | Request:
         """The answer to a row if the store holds it, else the first request still to be sent."""
+        return self._recall(row)[0]
+
+    def _recall(self, row: Row) -> tuple[Answer | Request, list[Reply]]:
+        """As `from_store`, and the replies up to there: a row whose repair is missing has one."""
         steps = exchange(self.task, row)
         request = next(steps)
-        first = True
+        replies: list[Reply] = []
         while True:
             key = request_key(self.settings, request)
             reply = self._store.get(key, request.subject)
-            if reply is None and (first or not self.settings.offline):
-                return request
+            if reply is not None:
+                replies.append(reply)
+            elif not replies or not self.settings.offline:
+                return request, replies
             try:
                 request = steps.send(reply)
             except StopIteration as end:
-                return end.value
-            first = False
+                return end.value, replies
 
     def not_recorded(self, row: Row) -> str:
         """`not_recorded` where no store holds the reply to a row's own request, else empty."""
@@ -139,27 +144,25 @@ class Asking:
             self._store.refresh()
         seen: set[str] = set()
         for number, row in enumerate(rows):
-            if number in failed:
-                reason, detail = failed[number]
-                yield Answer(row, reason=reason, detail=detail)
-                continue
-            answer = self.from_store(row)
-            if isinstance(answer, Request):
-                raise RuntimeError(f"the reply to {answer.subject} is not in the store")
-            for reply in answer.replies:
+            answer, replies = self._recall(row)
+            for reply in replies:
                 if reply.key not in seen:
                     seen.add(reply.key)
                     self.usage.add(reply)
+            if number in failed:
+                reason, detail = failed[number]
+                last = replies[-1] if replies else None
+                answer = Answer(row, last, replies, reason=reason, detail=detail)
+            if isinstance(answer, Request):
+                raise RuntimeError(f"the reply to {answer.subject} is not in the store")
             yield answer
 
-    def _spent(self, rows: Sequence[Row], missing: set[int]) -> float:
-        """USD that the rows answered already have cost."""
-        total = 0.0
-        for number, row in enumerate(rows):
-            answer = self.from_store(row) if number not in missing else None
-            if isinstance(answer, Answer):
-                total += sum(reply.cost or 0.0 for reply in answer.replies)
-        return total
+    def _spent(self, rows: Iterable[Row]) -> float:
+        """USD that the replies to these rows have cost so far."""
+        costs: dict[str, float] = {}
+        for row in rows:
+            costs.update((reply.key, reply.cost or 0.0) for reply in self._recall(row)[1])
+        return sum(costs.values())
 
     def _send(self, rows: Sequence[Row], missing: Sequence[Call]) -> dict[int, tuple[str, str]]:
         """Ask for what is missing; returns reason and detail of rows that got no reply."""
@@ -175,13 +178,16 @@ class Asking:
         for number, key in keys.items():
             first_with.setdefault(key, number)
         wanted = list(first_with.values())
-        spent = self._spent(rows, set(keys))
+        # A missing row's first reply, which waits for its repair, is paid for too; the asking
+        # processes report it together with the repair.
+        spent = self._spent(row for number, row in enumerate(rows) if number not in keys)
+        waiting = self._spent(rows[number] for number in wanted)
         connect(self._config)
         failed: dict[str, tuple[str, str]] = {}
         stopped: Mapping[str, Any] | None = None
         known = len(rows) - len(wanted)
         with Progress(self.what, len(rows), known, spent if priced else None) as progress:
-            for outcome in self._outcomes(rows, wanted, spent):
+            for outcome in self._outcomes(rows, wanted, spent + waiting):
                 if outcome["outcome"] == "stopped":
                     stopped = stopped or outcome
                     continue

@@ -15,6 +15,7 @@ from milm_ray.errors import UserError
 from milm_ray.llm.client import BudgetReached, LLMClient, Rejected, find_key
 from milm_ray.llm.exchange import Answer, Row, Task, exchange
 from milm_ray.llm.limits import SharedLimits
+from milm_ray.llm.replies import Reply
 from milm_ray.llm.reply_store import ReplyStore
 from milm_ray.workspace import Workspace
 
@@ -79,23 +80,27 @@ class Asker:
 
     async def _outcome(self, number: int, row: Row) -> Row:
         outcome: Row = {"number": number, "outcome": "stopped", "tokens": 0, "cost": None}
+        replies: list[Reply] = []
         try:
             if self._stopped is not None:
                 raise self._stopped
-            answer = await self._answer(row)
+            answer = await self._answer(row, replies)
         except Rejected as error:
-            return {**outcome, "outcome": "failed", "reason": error.reason, "detail": error.detail}
+            outcome |= {"outcome": "failed", "reason": error.reason, "detail": error.detail}
         except UserError as error:
             self._stopped = error
             return {**outcome, "reason": error.cause, "detail": error.fix}
-        for reply in answer.replies:
+        else:
+            how = "answered" if answer.ok else "rejected"
+            outcome |= {"outcome": how, "reason": answer.reason, "detail": answer.detail}
+        for reply in replies:
             outcome["tokens"] += (reply.prompt_tokens or 0) + (reply.completion_tokens or 0)
             if reply.cost is not None:
                 outcome["cost"] = (outcome["cost"] or 0.0) + reply.cost
-        outcome["outcome"] = "answered" if answer.ok else "rejected"
-        return {**outcome, "reason": answer.reason, "detail": answer.detail}
+        return outcome
 
-    async def _answer(self, row: Row) -> Answer:
+    async def _answer(self, row: Row, replies: list[Reply]) -> Answer:
+        """replies: where each is put as it comes, so that none is lost if a later one fails."""
         steps = exchange(self._task, row)
         request = next(steps)
         while True:
@@ -107,6 +112,7 @@ class Asker:
                     f"max_cost of ${limit:,.2f} is reached; the replies so far are kept",
                     "raise max_cost and run the same command again to go on",
                 ) from None
+            replies.append(reply)
             try:
                 request = steps.send(reply)
             except StopIteration as end:

@@ -23,7 +23,7 @@ from milm_ray.config import LLMSection
 from milm_ray.errors import UserError
 from milm_ray.llm.limits import Gate, Limits
 from milm_ray.llm.prices import cost_of, price_of
-from milm_ray.llm.replies import Reply, Request, Subject, request_key
+from milm_ray.llm.replies import Reply, Request, Subject, request_key, storable
 from milm_ray.llm.reply_store import ReplyStore
 from milm_ray.llm.tokens import estimate_tokens
 
@@ -222,8 +222,7 @@ class LLMClient:
             raise _Malformed(f"the server's answer is not a chat completion ({error})") from error
         return Reply(
             key=key,
-            # Half of a surrogate pair cannot be stored; in JSON its escape means the same.
-            text=(refusal or text).encode("utf-8", "backslashreplace").decode(),
+            text=storable(refusal or text),
             finish_reason="refusal" if refusal else choice.finish_reason or "stop",
             model=completion.model or self.settings.model,
             prompt_tokens=prompt_tokens,

@@ -94,6 +94,14 @@ def request_key(settings: LLMSection, request: Request) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
+def storable(text: str) -> str:
+    """A server's text; half of a surrogate pair, which no file can hold, as its escape.
+
+    In JSON the escape means the same.
+    """
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def json_object(text: str) -> dict[str, Any]:
     """The JSON object in a reply, without code fences or a reasoning block around it.
 

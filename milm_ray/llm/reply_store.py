@@ -29,7 +29,7 @@ import pyarrow.fs as pafs
 
 from milm_ray.config import LLMSection
 from milm_ray.errors import UserError
-from milm_ray.llm.replies import Reply, Subject, sampling
+from milm_ray.llm.replies import Reply, Subject, sampling, storable
 from milm_ray.workspace import Workspace
 
 FOLDER = "replies"
@@ -230,8 +230,8 @@ class ReplyStore:
         for number, row in _rows(source.content or b"", path):
             try:
                 subject = Subject(corpus_key(row["corpus"]), str(row["source_id"]), row["prompt"])
-                text = row["reply"]
-            except (KeyError, TypeError):
+                text = storable(row["reply"])
+            except (KeyError, TypeError, AttributeError):
                 raise _not_recorded(path, number) from None
             self._named[subject] = Reply(
                 key="", text=text, finish_reason="recorded", subject=subject

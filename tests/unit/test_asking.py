@@ -112,6 +112,36 @@ def test_the_same_reply_behind_two_rows_is_counted_once(workspace: Workspace) ->
     assert found.usage.facts()["cost_usd"] == 0.5
 
 
+def test_a_reply_whose_repair_is_refused_or_missing_is_paid_for(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts = {"prompt_tokens": 10, "completion_tokens": 1, "cost": 0.5}
+    keep(workspace, Judging().request(row(1)), "不是JSON", **facts)
+    budgets = []
+
+    def refused(asking: Asking, rows: object, wanted: list[int], spent: float) -> list[object]:
+        budgets.append(spent)
+        failed = {"outcome": "failed", "reason": "bad_request", "detail": "400"}
+        return [{**failed, "number": number, "tokens": 0, "cost": None} for number in wanted]
+
+    monkeypatch.setattr("milm_ray.llm.ask.connect", lambda config: None)
+    monkeypatch.setattr(Asking, "_outcomes", refused)
+    for _ in range(2):
+        found = asking(workspace)
+        answers = list(found.run([row(1), row(1)]))
+        assert [answer.reason for answer in answers] == ["bad_request", "bad_request"]
+        assert answers[0].reply is not None
+        assert answers[0].reply.text == "不是JSON"
+        assert found.usage.facts()["replies"] == 1
+        assert found.usage.facts()["cost_usd"] == 0.5
+    assert budgets == [0.5, 0.5]
+
+
+def test_the_budget_counts_a_reply_behind_two_rows_once(workspace: Workspace) -> None:
+    keep(workspace, Judging().request(row(1)), GOOD, cost=0.5)
+    assert asking(workspace)._spent([row(1), row(1), row(2)]) == 0.5
+
+
 def test_unknown_tokens_stay_unknown(workspace: Workspace) -> None:
     keep(workspace, Judging().request(row(1)), GOOD)
     found = asking(workspace)

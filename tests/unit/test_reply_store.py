@@ -179,6 +179,17 @@ def test_recorded_rows_are_found_by_corpus_source_and_prompt(
     assert store.get(ONE) is None
 
 
+def test_a_recorded_reply_with_half_a_character_can_be_stored(
+    workspace: Workspace, tmp_path: Path
+) -> None:
+    row = {"corpus": "efaqa", "source_id": "7", "prompt": "p.md", "reply": "好的\ud83d"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    store = ReplyStore(workspace, [str(tmp_path / "rows.jsonl")])
+    found = store.get(ONE, Subject("efaqa", "7", "p.md"))
+    assert found is not None
+    assert found.text == r"好的\ud83d"
+
+
 def test_another_workspaces_replies_can_be_read_beside_it_compressed_too(
     workspace: Workspace, tmp_path: Path
 ) -> None:
