@@ -8,9 +8,7 @@ members. Chunks depend on the files alone, never on the number of workers.
 
 from __future__ import annotations
 
-import bz2
 import gzip
-import io
 import lzma
 import os
 import pickle
@@ -18,20 +16,19 @@ import re
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from fnmatch import fnmatch, translate
-from functools import cache
-from typing import Any, BinaryIO
+from fnmatch import fnmatch
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 
 from milm_ray.corpora.reading import Reader, Unusable
+from milm_ray.corpora.tars import inflated, members
 
 FILES_PER_CHUNK = 1000
 BYTES_PER_CHUNK = 16 << 20  # of a tar stream or of listed files: about 1,700 SmileChat dialogues
-_BLOCK = 512  # a tar's unit
 _TARS = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.bz2")
 _BROKEN = (
     EOFError,
@@ -131,11 +128,9 @@ def list_location(location: str, reader: Reader, limit: int | None = None) -> Li
     ]
     everything.sort(key=lambda found: natural_key(found.path))
     archives = [found for found in everything if _is_archive(found.path)]
-    files: list[Found] = []
-    for pattern in reader.patterns:
-        files = [f for f in everything if fnmatch(_base(f.path), pattern) and f not in archives]
-        if files:
-            break
+    plain = [found for found in everything if not _is_archive(found.path)]
+    pattern = best_pattern((found.path for found in plain), reader)
+    files = [found for found in plain if wanted(found.path, pattern)]
     ignored = len(everything) - len(files) - len(archives)
     if limit is not None and reader.one_per_file:
         files = files[:limit]
@@ -195,14 +190,23 @@ def contents(chunk: Chunk, reader: Reader) -> Iterator[tuple[str, bytes | Unusab
                 yield _unzipped(path, data)
 
 
-def wanted(name: str, reader: Reader) -> bool:
-    """Whether a member of an archive is a file of the corpus."""
-    return _visible(name) and _any_of(reader.patterns).fullmatch(_base(name)) is not None
+def best_pattern(names: Iterable[str], reader: Reader) -> str:
+    """The first of the reader's patterns that any of the names fits; "" where none does.
+
+    A folder and an archive of it so give the same corpus.
+    """
+    best = len(reader.patterns)
+    for name in names:
+        better = (n for n, pattern in enumerate(reader.patterns[:best]) if wanted(name, pattern))
+        best = next(better, best)
+        if best == 0:
+            break
+    return (*reader.patterns, "")[best]
 
 
-@cache
-def _any_of(patterns: tuple[str, ...]) -> re.Pattern[str]:
-    return re.compile("|".join(translate(pattern) for pattern in patterns))
+def wanted(name: str, pattern: str) -> bool:
+    """Whether a file or a member of an archive is one of the corpus."""
+    return _visible(name) and fnmatch(_base(name), pattern)
 
 
 def natural_key(name: str) -> list[tuple[int, int | str]]:
@@ -226,10 +230,12 @@ def _cut_zip(chunk: Chunk, reader: Reader) -> Iterator[Chunk]:
             filesystem.open_input_file(chunk.names[0]) as file,
             zipfile.ZipFile(file) as archive,
         ):
+            infos = [info for info in archive.infolist() if not info.is_dir()]
+            pattern = best_pattern((info.filename for info in infos), reader)
             found = [
                 Found(info.filename, info.file_size, "")
-                for info in archive.infolist()
-                if not info.is_dir() and wanted(info.filename, reader)
+                for info in infos
+                if wanted(info.filename, pattern)
             ]
     except _BROKEN as error:
         yield _broken(chunk, 0, error)
@@ -256,8 +262,7 @@ def _zip_contents(chunk: Chunk) -> Iterator[tuple[str, bytes | Unusable]]:
 
 def _cut_tar(chunk: Chunk, reader: Reader) -> Iterator[Chunk]:
     """Segments of about BYTES_PER_CHUNK; decompressing is the one thing one task must do alone."""
-    filesystem, _ = open_location(chunk.location)
-    path = chunk.names[0]
+    pattern = best_pattern(_names(chunk), reader)
     limit = chunk.limit if reader.one_per_file else None
     number, files = 0, 0
     names: list[str] = []
@@ -271,13 +276,10 @@ def _cut_tar(chunk: Chunk, reader: Reader) -> Iterator[Chunk]:
 
     failure: Exception | None = None
     try:
-        with (
-            filesystem.open_input_stream(path, compression=None) as raw,
-            _inflated(raw, path) as tar,
-        ):
+        with _opened(chunk) as opened:
             size = 0
-            for name, data in _members(tar):
-                if not wanted(name, reader):
+            for name, data in opened:
+                if not wanted(name, pattern):
                     continue
                 names.append(name)
                 pending.append(data)
@@ -296,56 +298,25 @@ def _cut_tar(chunk: Chunk, reader: Reader) -> Iterator[Chunk]:
         yield _broken(chunk, number, failure)
 
 
-def _members(tar: BinaryIO) -> Iterator[tuple[str, bytes]]:
-    """(name, contents) of each regular file of a tar stream.
+def _names(chunk: Chunk) -> Iterator[str]:
+    """The names of a tar's members, up to where it breaks off if it does.
 
-    A tenth of the time of tarfile's own stream. Raises EOFError where the tar breaks off, and
-    tarfile.TarError where it is none.
+    Most readers find their best pattern in the first one, and need no second pass.
     """
-    extended = b""  # headers that say more about the next member, such as its long name
-    first = True
-    while True:
-        header = tar.read(_BLOCK)
-        if first and not header:
-            raise EOFError("the archive is empty")
-        first = False
-        if 0 < len(header) < _BLOCK:
-            raise EOFError("the archive ends inside a header")
-        if not header.strip(b"\0"):
-            return
-        info = tarfile.TarInfo.frombuf(header, tarfile.ENCODING, "surrogateescape")
-        stored = info.isreg() or info.type in _EXTENDED or info.type == tarfile.XGLTYPE
-        padded = -(-info.size // _BLOCK) * _BLOCK if stored else 0
-        data = tar.read(padded)
-        if len(data) < min(padded, info.size):
-            raise EOFError(f"the archive ends inside {info.name}")
-        if info.type in _EXTENDED:
-            extended += header + data
-            continue
-        if info.isreg():
-            name = _full_name(extended + header + data) if extended else info.name
-            yield name, data[: info.size]
-        extended = b""
+    with suppress(*_BROKEN), _opened(chunk) as opened:
+        for name, _ in opened:
+            yield name
 
 
-_EXTENDED = (tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
-
-
-def _full_name(member: bytes) -> str:
-    with tarfile.open(fileobj=io.BytesIO(member), mode="r:") as archive:
-        info = archive.next()
-    return info.name if info else ""
-
-
-def _inflated(raw: Any, path: str) -> Any:
-    """A tar's byte stream, decompressed by its name's ending."""
-    if path.endswith(".xz"):
-        return lzma.LZMAFile(raw)
-    if path.endswith(("gz", ".tgz")):
-        return gzip.GzipFile(fileobj=raw)
-    if path.endswith(".bz2"):
-        return bz2.BZ2File(raw)
-    return io.BufferedReader(raw) if isinstance(raw, io.RawIOBase) else raw
+@contextmanager
+def _opened(chunk: Chunk) -> Iterator[Iterator[tuple[str, bytes]]]:
+    filesystem, _ = open_location(chunk.location)
+    path = chunk.names[0]
+    with (
+        filesystem.open_input_stream(path, compression=None) as raw,
+        inflated(raw, path) as tar,
+    ):
+        yield members(tar)
 
 
 def _broken(chunk: Chunk, number: int, error: Exception) -> Chunk:

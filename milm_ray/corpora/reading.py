@@ -105,7 +105,8 @@ class Reader:
     """How one corpus is read.
 
     parse: (result, text, limit) adds what the text of one file holds to the result.
-    patterns: file names, best first: in a directory the first pattern that matches anything wins.
+    patterns: file names, best first: in a directory or an archive the first that matches anything
+        wins.
     one_per_file: each file holds one dialogue, so `limit` counts files, not records.
     """
 

@@ -177,6 +177,14 @@ def test_the_best_pattern_wins_in_a_folder(tmp_path: Path) -> None:
     assert listing.ignored == 1
 
 
+@pytest.mark.parametrize("name", ["c.tar", "c.tar.xz", "c.zip", "folder"])
+def test_the_best_pattern_wins_wherever_the_files_lie(tmp_path: Path, name: str) -> None:
+    make = write_zip if name.endswith("zip") else write_files if name == "folder" else write_tar
+    both = {"data/a_english.json": b"{}", "data/cn_data.json": b"{}", "data/.cn_data.json": b"x"}
+    path = make(tmp_path / name, both)
+    assert list(everything(path, READERS["psy_insight"])[0]) == ["data/cn_data.json"]
+
+
 @pytest.mark.parametrize("name", ["c.tar.xz", "c.zip", "folder"])
 def test_a_limit_counts_files(tmp_path: Path, name: str) -> None:
     make = write_zip if name.endswith("zip") else write_files if name == "folder" else write_tar
