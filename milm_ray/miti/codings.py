@@ -55,7 +55,7 @@ def _fingerprint(config: Config, workspace: Workspace) -> dict[str, Any]:
     settings: dict[str, Any] = {"coders": miti.coders, "automatic": miti.automatic}
     settings["annomi"] = study_packet.file_digest(miti.annomi)
     if "trained" in miti.automatic:
-        settings["trained"] = [digest(chinese_coder.examples()), "expected counts"]
+        settings["trained"] = [digest(chinese_coder.examples()), "expected counts", "ten folds"]
     if "llm" in miti.automatic:
         settings["llm"] = [answered_by(config.coder), load(PROMPT).version]
     inputs: dict[str, Any] = workspace.input_digests(study_packet.ARTIFACT, study_packet.KEY)
@@ -248,8 +248,8 @@ def _from_annomi(config: Config, packet: Packet) -> list[dict[str, Any]]:
         for name in sorted(chosen)
     ]
     if "trained" in config.miti.automatic:
-        held_out = {by_id[name].transcript_id for name in chosen}
-        for coding in trained_coder.code_held_out(sessions, held_out):
+        wanted = {by_id[name].transcript_id for name in chosen}
+        for coding in trained_coder.code_unseen(sessions, wanted):
             item_id = items[f"annomi-{coding.dialogue_id}"]
             found.append(_count_row(item_id, coding, "automatic"))
     return found
