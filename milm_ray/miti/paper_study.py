@@ -14,13 +14,14 @@ from pathlib import Path
 
 from milm_ray.errors import UserError
 from milm_ray.miti.coding_scheme import CODE_NAMES, GLOBAL_NAMES
-from milm_ray.miti.summary import MEASURES, summary_scores
+from milm_ray.miti.summary import MEASURES, NEEDS, summary_scores
 
 # MI-adherent ratio of the three MI-LLMs in the paper's order of models: as reported (a mean of
 # dialogues' ratios), and pooled from the paper's own mean counts.
 MIA_RATIO = {"baichuan2": (0.75, 0.82), "glm4": (0.78, 0.86), "llama3": (0.72, 0.83)}
 DIALOGUES, REAL_DIALOGUES = 10, 30
 _TABLES = ("4", "6")
+_GROUPS = (*MIA_RATIO, "real")
 _COLUMNS = ("table", "group", "variable", "mean", "q1", "q3", "n")
 # Sums and means of variables: the means of Table 6 must agree with them but for rounding.
 _LINEAR = ("technical_global", "relational_global", "total_mia", "total_mina")
@@ -118,6 +119,9 @@ def read_cells(path: str | None) -> list[Cell]:
         if row["table"] not in _TABLES:
             faults.append(f"row {number}: table {row['table']!r} is none of {', '.join(_TABLES)}")
             continue
+        if row["group"] not in _GROUPS:
+            faults.append(f"row {number}: group {row['group']!r} is none of {', '.join(_GROUPS)}")
+            continue
         try:
             q1, q3 = (float(row[name]) if row[name] else None for name in ("q1", "q3"))
             n = int(row["n"]) if row["n"] else None
@@ -145,7 +149,9 @@ def reproduce(cells: Sequence[Cell]) -> list[Check]:
         for measure in MEASURES:
             if measure not in means:
                 continue
-            reported, recomputed = means[measure], found[measure]
+            # A code that is not given is not one that nobody used.
+            given = set(NEEDS.get(measure, ())) <= set(counts)
+            reported, recomputed = means[measure], found[measure] if given else None
             if recomputed is None:
                 verdict = "its parts are not given"
             elif abs(recomputed - reported) <= 0.05:

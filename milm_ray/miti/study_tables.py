@@ -211,10 +211,10 @@ def coded_tables(instrument: str, groups: Groups, cells: Sequence[Cell]) -> list
     )
     rates = StudyTable(
         f"rates_{tail}",
-        f"Behaviour counts per round, mean over dialogues; {words}",
-        [StudyColumn("Variable"), *(StudyColumn(name, 3) for name in names)],
+        f"Behaviour counts per round, mean (IQR) n; {words}",
+        [StudyColumn("Variable"), *(StudyColumn(name, 3, SPREAD) for name in names)],
         [
-            [LABELS[code.name], *(s.per_round[code.name].mean for s in summaries)]
+            [LABELS[code.name], *(_cell(s.per_round[code.name]) for s in summaries)]
             for code in CODES
             if any(s.per_round[code.name].n for s in summaries)
         ],

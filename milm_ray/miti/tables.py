@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-LAYOUT = 4  # of study.json; a study of another layout is made again by jobs/miti.py
+LAYOUT = 5  # of study.json; a study of another layout is made again by jobs/miti.py
 INTERVAL = ("low", "high")
 SPREAD = ("q1", "q3", "n")
 

@@ -110,20 +110,33 @@ def _simulator(manifest: Mapping[str, Any]) -> list[Any]:
     figures, targets = manifest["consistency"], manifest["consistency_targets"]
     labels = (
         ("receptivity", "Mean receptivity, 1 closed to 5 open"),
-        ("motivated", "Left precontemplation within 20 turns, of those who began there"),
+        ("motivated", "Left precontemplation within 20 turns, of the sessions that began there"),
         ("lawful", "Turns whose action the state allows"),
         ("recognised", "Turns whose action was recognised blind"),
         ("repeated", "Client turns said before in the session"),
     )
-    rows = [[label, figures[name], targets.get(name)] for name, label in labels]
+    turns = figures["client_turns"]
+    of = {
+        "motivated": figures["began_in_precontemplation"],
+        "recognised": figures["recognised_turns"],
+    }
+    rows = [
+        [label, figures[name], of.get(name, turns), targets.get(name)] for name, label in labels
+    ]
     table = Table(
         "miti_simulator",
         "Consistency of the simulated clients",
-        [Column("Figure"), Column("Here", digits=2, numeric=True), Column("Published")],
+        [
+            Column("Figure"),
+            Column("Here", digits=2, numeric=True),
+            Column("n", digits=0, numeric=True),
+            Column("Published"),
+        ],
         rows,
         [
-            f"{figures['sessions']} sessions, {figures['client_turns']} client turns, client: "
-            f"{manifest['simulator']}. Published: Yang et al., ACL 2025. A dash: not measured."
+            f"{figures['sessions']} sessions, {turns} client turns, client: "
+            f"{manifest['simulator']}. Published: Yang et al., ACL 2025. A dash: not measured. n: "
+            "the sessions or client turns that the figure is of."
         ],
     )
     spent = usage(manifest)

@@ -138,6 +138,9 @@ def test_automatic_codes_are_marked_and_say_what_they_do_not_cover(sample):
     assert any("expected ones" in text for text in table6["foot"])
     table = next(csv.DictReader(ws.read_text("study", "table6_trained_zh.csv").splitlines()))
     assert table["MI-LLM glm4, simulated clients n"] == "3"
+    rates = tables["rates_trained_zh"]
+    assert rates["columns"][1]["parts"] == ["q1", "q3", "n"]
+    assert [cell[-1] for row in rates["rows"] for cell in row[1:]] == [3] * 2 * len(rates["rows"])
     assert csv.DictReader(ws.read_text("study", "table6_long.csv").splitlines())
 
 
@@ -305,15 +308,22 @@ def test_a_dialogue_that_the_llm_did_not_get_to_code_holds_up_nothing(tmp_path, 
 
 
 CELLS = """table,group,variable,mean,q1,q3,n
-6,m,affirm,3,2,4,10
-6,m,seek,1,,,10
-6,m,emphasize_autonomy,2,,,10
-6,m,persuade,1,,,10
-6,m,confront,1,,,10
-6,m,total_mia,6.02,,,10
-6,m,total_mina,2.5,,,10
-6,m,mia_ratio,0.9,,,10
-6,m,technical_global,3.5,,,10
+6,glm4,affirm,3,2,4,10
+6,glm4,seek,1,,,10
+6,glm4,emphasize_autonomy,2,,,10
+6,glm4,persuade,1,,,10
+6,glm4,confront,1,,,10
+6,glm4,total_mia,6.02,,,10
+6,glm4,total_mina,2.5,,,10
+6,glm4,mia_ratio,0.9,,,10
+6,glm4,technical_global,3.5,,,10
+"""
+
+
+WRONG = """6,glm4,praise,1,,,
+6,glm4,gi,many,,,
+7,glm4,gi,1,,,
+6,GLM-4,gi,1,,,
 """
 
 
@@ -322,17 +332,22 @@ def test_the_papers_means_through_our_summary_code(tmp_path):
     path = tmp_path / "cells.csv"
     path.write_text(CELLS, encoding="utf-8")
     cells = read_cells(str(path))
-    assert cells[0] == Cell("6", "m", "affirm", 3.0, 2.0, 4.0, 10)
+    assert cells[0] == Cell("6", "glm4", "affirm", 3.0, 2.0, 4.0, 10)
     found = {check.measure: check for check in reproduce(cells)}
     assert found["total_mia"].verdict == "reproduced"
     assert "differs" in found["total_mina"].verdict
     assert found["mia_ratio"].recomputed == 0.75
     assert "mean of ratios" in found["mia_ratio"].verdict
     assert "not given" in found["technical_global"].verdict
-    path.write_text(CELLS + "6,m,praise,1,,,\n6,m,gi,many,,,\n7,m,gi,1,,,\n", encoding="utf-8")
+    path.write_text(CELLS + WRONG, encoding="utf-8")
     with pytest.raises(UserError, match=r"row 11: unknown variable 'praise'; row 12") as caught:
         read_cells(str(path))
     assert "row 13: table '7' is none of 4, 6" in str(caught.value)
+    assert "row 14: group 'GLM-4' is none of baichuan2, glm4, llama3, real" in str(caught.value)
+    # One part short: nothing is summed, and nothing is said to differ.
+    path.write_text(CELLS.replace("6,glm4,emphasize_autonomy,2,,,10\n", ""), encoding="utf-8")
+    (total,) = (c for c in reproduce(read_cells(str(path))) if c.measure == "total_mia")
+    assert (total.recomputed, total.verdict) == (None, "its parts are not given")
     path.write_text("表,组\n", encoding="gb18030")
     with pytest.raises(UserError, match="save it as UTF-8"):
         read_cells(str(path))
@@ -340,9 +355,7 @@ def test_the_papers_means_through_our_summary_code(tmp_path):
 
 def test_the_papers_cells_stand_beside_ours(sample, tmp_path):
     path = tmp_path / "cells.csv"
-    path.write_text(
-        CELLS.replace("6,m,", "6,glm4,") + "4,glm4,rounds,17.4,,,10\n", encoding="utf-8"
-    )
+    path.write_text(CELLS + "4,glm4,rounds,17.4,,,10\n", encoding="utf-8")
     _, ws = sample
     config = config_of(tmp_path, f"miti.paper_cells={path}")
     codings.run(config, ws)

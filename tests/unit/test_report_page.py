@@ -187,6 +187,11 @@ def test_the_study_is_shown_with_who_coded_and_how_to_read_it(tmp_path: Path) ->
     assert "AUTOMATIC codes, by trained-zh" in text
     assert "3.27 (real clients)" in text
     assert 'id="miti_table6_people"' not in html
+    client = ws.manifest("sessions/simulated")["consistency"]
+    shown = csv.DictReader(io.StringIO(ws.read_text("report", "miti_simulator.csv")))
+    by_figure = {row["Figure"].split(" ")[0]: row["n"] for row in shown}
+    assert by_figure["Left"] == str(client["began_in_precontemplation"])
+    assert by_figure["Mean"] == str(client["client_turns"])
     for finding, _ in NOTES:
         assert finding in text
     for artifact in ("sessions/simulated", "packet", "codings", "study"):
