@@ -33,8 +33,8 @@ def convert(source: Path, target: Path, config: dict[str, Any]) -> None:
             f"{source} is a Baichuan2 with ALiBi positions (13B), which has no Llama layout",
             "use Baichuan2-7B-Chat",
         )
-    _convert_weights(source, target, norm_head="z_loss_weight" in config)
     _write_config(target, config)
+    _convert_weights(source, target, norm_head="z_loss_weight" in config)
     _convert_tokenizer(source, target)
 
 
@@ -72,8 +72,25 @@ def _convert_weights(source: Path, target: Path, norm_head: bool) -> None:
         save_file(converted, target / shard, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(converted, shard)
         total += sum(tensor.nbytes for tensor in converted.values())
+    missing = sorted(_tensor_names(target) - weight_map.keys())
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise UserError(
+            f"the weight files of {source} hold no {', '.join(missing[:3])}{more}",
+            "give a complete checkpoint",
+        )
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (target / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _tensor_names(directory: Path) -> set[str]:
+    """Every tensor that a Llama of the directory's config.json loads; those that it does not find
+    in the weights it fills with random values."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    with torch.device("meta"):
+        return set(LlamaForCausalLM(LlamaConfig.from_pretrained(directory)).state_dict())
 
 
 def _weight_files(source: Path) -> Iterator[Path]:

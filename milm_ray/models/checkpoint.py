@@ -60,8 +60,9 @@ def prepare_base(
         source = _copy_from_cloud(name, Path(out_dir))
     else:
         source = _fetch(entry, name, revision, [*_SMALL, _SAFE])
-        if not any(source.glob(_SAFE)) and not any(source.glob(_PICKLED)):
+        if not any(source.glob(_SAFE)):  # whatever .bin the cache holds: it may be half of them
             source = _fetch(entry, name, revision, [*_SMALL, _PICKLED])
+    _check_files(source)
     config = _read_json(source / _CONFIG)
     format_name = chat_format or (entry.chat_format if entry else _format_of(config, source))
     formats.get(format_name)
@@ -147,6 +148,24 @@ def _fetch(
             f"cannot get {repository} (revision {pin or 'main'}) from the hub: {error}",
             "check the name, the network and HF_TOKEN, or give a local directory",
         ) from error
+
+
+def _check_files(source: Path) -> None:
+    """UserError where the index of the weights names files that are not there.
+
+    A download that was cut off, or a copy of some files only, must not pass for the base: a loader
+    may fill what it does not find with random values.
+    """
+    kind = _SAFE if any(source.glob(_SAFE)) else _PICKLED
+    for index in source.glob(f"{kind}.index.json"):
+        named = _read_json(index).get("weight_map", {}).values()
+        missing = sorted({name for name in named if not (source / name).is_file()})
+        if missing:
+            raise UserError(
+                f"{source} lacks {', '.join(missing)}, named in its {index.name}",
+                "give a complete checkpoint; from the hub, run the same command again with the "
+                "network up",
+            )
 
 
 def _copy_from_cloud(uri: str, out_dir: Path) -> Path:

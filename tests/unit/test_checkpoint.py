@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 import unicodedata
 from functools import cache
@@ -310,6 +311,83 @@ def test_a_failed_import_leaves_nothing(tmp_path: Path) -> None:
     state["model.layers.1.self_attn.W_pack.weight"] = torch.zeros(2 * HIDDEN, HIDDEN)
     source = write_original(tmp_path / "source", state)
     with pytest.raises(UserError, match="W_pack"):
+        prepare_base(source, out_dir=tmp_path / "bases")
+    assert list((tmp_path / "bases").iterdir()) == []
+
+
+class Hub:
+    """The hub's part of a download: copies what the patterns name into its cache, file by file."""
+
+    def __init__(self, files: Path, cache: Path) -> None:
+        self.files, self.cache = files, cache
+        self.line_is_cut_after: str | None = None
+        self.offline = False
+        cache.mkdir()
+
+    def snapshot_download(self, repository: str, revision: str, allow_patterns: list[str]) -> str:
+        for path in sorted(self.files.iterdir(), key=lambda path: path.stat().st_size):
+            if self.offline or not any(path.match(pattern) for pattern in allow_patterns):
+                continue
+            shutil.copyfile(path, self.cache / path.name)
+            if path.name == self.line_is_cut_after:
+                raise OSError("the line is cut")
+        return str(self.cache)
+
+
+@pytest.mark.parametrize("safetensors", [False, True])
+def test_a_download_that_was_cut_off_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, safetensors: bool
+) -> None:
+    state = random_state()
+    hub = Hub(write_original(tmp_path / "hub", state, 3, safetensors), tmp_path / "cache")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", hub.snapshot_download)
+    shards = sorted(hub.files.glob("*-of-*"), key=lambda path: path.stat().st_size)
+    first, *others = (path.name for path in shards)
+
+    def prepare() -> Path:
+        return prepare_base("baichuan2", out_dir=tmp_path / "bases")
+
+    hub.line_is_cut_after = first
+    with pytest.raises(UserError, match="the line is cut"):
+        prepare()
+    # Without a network the hub's client gives what the cache holds.
+    hub.offline = True
+    with pytest.raises(UserError, match=f"lacks {', '.join(sorted(others))}, named in its"):
+        prepare()
+    assert not (tmp_path / "bases").exists()
+    hub.line_is_cut_after, hub.offline = None, False
+    ids = torch.arange(8)
+    expected = original_logits(state, ids)
+    torch.testing.assert_close(logits_of(prepare(), ids), expected, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("cloud", [False, True])
+def test_a_base_whose_index_names_an_absent_file_is_refused(tmp_path: Path, cloud: bool) -> None:
+    from transformers import AutoModelForCausalLM
+
+    source = tmp_path / "source"
+    shutil.copytree(TINY / "tiny-llama3", source)
+    model = AutoModelForCausalLM.from_pretrained(source)
+    (source / "model.safetensors").unlink()
+    model.save_pretrained(source, max_shard_size="4MB")
+    shards = sorted(source.glob("model-*.safetensors"))
+    assert len(shards) > 1
+    whole = prepare_base(source, out_dir=tmp_path / "bases")
+    # An index of the other layout, whose files nobody needs, says nothing.
+    (source / "pytorch_model.bin.index.json").write_text('{"weight_map": {"a": "absent.bin"}}')
+    prepare_base(source, out_dir=tmp_path / "bases")
+    shards[-1].unlink()
+    with pytest.raises(UserError, match=f"lacks {shards[-1].name}, named in its model.safetensors"):
+        prepare_base(source.as_uri() if cloud else source, out_dir=tmp_path / "bases")
+    assert (whole / shards[-1].name).is_file()
+
+
+def test_an_import_without_an_index_misses_no_tensor(tmp_path: Path) -> None:
+    source = write_original(tmp_path / "source", random_state(), shards=3)
+    (source / "pytorch_model.bin.index.json").unlink()
+    prepare_base(source, out_dir=tmp_path / "whole")
+    (source / "pytorch_model-00002-of-00003.bin").unlink()
+    with pytest.raises(UserError, match=r"hold no model\.embed_tokens\.weight, .* more"):
         prepare_base(source, out_dir=tmp_path / "bases")
     assert list((tmp_path / "bases").iterdir()) == []
 
