@@ -97,10 +97,10 @@ def run(config: Config, workspace: Workspace) -> Mapping[str, Any]:
     """Judge, select, draw Figure 2; returns the manifest of the selection."""
     fingerprint = _fingerprint(config, workspace)
     make = partial(_judge, config, workspace, fingerprint)
-    if not finished(workspace, "verdicts", fingerprint):
-        make()
-    elif _unasked(workspace):
+    if workspace.is_done("verdicts", fingerprint) and _unasked(workspace):
         ask_again(workspace, "verdicts", fingerprint, make)
+    elif not finished(workspace, "verdicts", fingerprint):
+        make()
     fingerprint = _selection_fingerprint(config, workspace)
     if not finished(workspace, "selection", fingerprint):
         _select(config, workspace, fingerprint)

@@ -11,6 +11,7 @@ import random
 import time
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -22,7 +23,7 @@ from milm_ray.dataset.table_rows import Row
 from milm_ray.dataset.transcript import transcript
 from milm_ray.errors import UserError
 from milm_ray.job import Plan, Stage, finished
-from milm_ray.llm.ask import Asking
+from milm_ray.llm.ask import Asking, ask_again, unasked
 from milm_ray.llm.exchange import Answer, Unusable
 from milm_ray.llm.replies import Request, Subject, json_object
 from milm_ray.llm.reply_store import answered_by
@@ -35,6 +36,7 @@ ROUNDS_TABLE = "preference_rounds"
 CANDIDATES = "candidates"
 ARTIFACT = "preferences"
 REJECTED = "rejects/preferences"
+_UNSCORED = "unscored: "
 
 
 # --- training rounds to reply to: train/ (1→n) preference_rounds/
@@ -184,7 +186,7 @@ def pair_of(group: Row, answers: Sequence[Answer]) -> Row | str:
         return "no_two_different_replies"
     for answer in answers:
         if not answer.ok:
-            return f"unscored: {answer.reason}"
+            return f"{_UNSCORED}{answer.reason}"
     rankings = [answer.value["ranking"] for answer in answers]
     places = {
         number: sum(ranking.index(number) + 1 for ranking in rankings) / len(rankings)
@@ -237,7 +239,7 @@ def plan(config: Config, workspace: Workspace) -> Plan:
     """What ranking would take: rounds, calls not in the reply store, tokens, cost."""
     if not all(workspace.exists(name, "manifest.json") for name in (ROUNDS_TABLE, CANDIDATES)):
         return Plan(notes=(f"judge: {config.judge.model}, prompt {PROMPT}",))
-    if workspace.is_done(ARTIFACT, _fingerprint(config, workspace)):
+    if workspace.is_done(ARTIFACT, _fingerprint(config, workspace)) and not _unasked(workspace):
         return Plan(done=True)
     asking, groups = _asking(config, workspace), _groups(config, workspace)
     return asking.plan(_questions(config, groups), count=len(groups))
@@ -246,8 +248,20 @@ def plan(config: Config, workspace: Workspace) -> Plan:
 def run(config: Config, workspace: Workspace) -> Mapping[str, Any]:
     """Rank every round's replies and write the pairs; returns the manifest of `preferences/`."""
     fingerprint = _fingerprint(config, workspace)
-    if finished(workspace, ARTIFACT, fingerprint):
-        return workspace.manifest(ARTIFACT)
+    make = partial(_rank, config, workspace, fingerprint)
+    if workspace.is_done(ARTIFACT, fingerprint) and _unasked(workspace):
+        ask_again(workspace, ARTIFACT, fingerprint, make)
+    elif not finished(workspace, ARTIFACT, fingerprint):
+        make()
+    return workspace.manifest(ARTIFACT)
+
+
+def _unasked(workspace: Workspace) -> bool:
+    reasons = workspace.manifest(ARTIFACT)["counts"]["without_pair_by_reason"]
+    return unasked(reason.removeprefix(_UNSCORED) for reason in reasons)
+
+
+def _rank(config: Config, workspace: Workspace, fingerprint: Mapping[str, Any]) -> None:
     started = time.time()
     groups, asking = _groups(config, workspace), _asking(config, workspace)
     answers: dict[tuple[str, str], list[Answer]] = defaultdict(list)
@@ -284,7 +298,7 @@ def run(config: Config, workspace: Workspace) -> Mapping[str, Any]:
             f"preferences.max_reject_rate allows {allowed:.0%}",
             f"see {REJECTED}/; try another judge model, more preferences.seeds, or raise the rate",
         )
-    return workspace.commit(
+    workspace.commit(
         ARTIFACT,
         stage="preferences",
         settings=config.preferences,

@@ -192,10 +192,10 @@ def run(config: Config, workspace: Workspace) -> Mapping[str, Any]:
     """
     fingerprint = _fingerprint(config, workspace)
     make = partial(_transcribe, config, workspace, fingerprint)
-    if not finished(workspace, ARTIFACT, fingerprint):
-        make()
-    elif _unasked(workspace):
+    if workspace.is_done(ARTIFACT, fingerprint) and _unasked(workspace):
         ask_again(workspace, ARTIFACT, fingerprint, make)
+    elif not finished(workspace, ARTIFACT, fingerprint):
+        make()
     manifest = workspace.manifest(ARTIFACT)
     counts = manifest["counts"]
     rate = counts["rejected"] / max(1, counts["asked"])

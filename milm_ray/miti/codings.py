@@ -100,10 +100,10 @@ def run(config: Config, workspace: Workspace) -> Mapping[str, Any]:
     """Collect every coding there is; returns the manifest of `codings/`."""
     fingerprint = _fingerprint(config, workspace)
     make = partial(_collect, config, workspace, fingerprint)
-    if not finished(workspace, ARTIFACT, fingerprint):
-        make()
-    elif _unasked(workspace):
+    if workspace.is_done(ARTIFACT, fingerprint) and _unasked(workspace):
         ask_again(workspace, ARTIFACT, fingerprint, make)
+    elif not finished(workspace, ARTIFACT, fingerprint):
+        make()
     return workspace.manifest(ARTIFACT)
 
 

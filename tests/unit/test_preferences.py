@@ -20,6 +20,7 @@ from milm_ray.dataset.preferences import (
     run,
 )
 from milm_ray.errors import UserError
+from milm_ray.llm.ask import Asking
 from milm_ray.llm.exchange import Answer, Unusable
 from milm_ray.llm.replies import Reply, request_key
 from milm_ray.llm.reply_store import ReplyStore
@@ -194,6 +195,29 @@ def test_pairs_unscored_rounds_and_the_account(workspace):
     assert plan(CONFIG, workspace).done
     rejects = pa.parquet.read_table(workspace.parquet_files("rejects/preferences")[0])
     assert rejects.num_rows == 2
+
+
+def test_a_round_that_the_judge_did_not_get_to_rank_is_asked_again(workspace, monkeypatch):
+    online = Config.model_validate({"judge": {"model": "judge-1"}})
+    sampled(workspace)
+    first, *others = groups(workspace)
+    for group in others:
+        for turned in (False, True):
+            judged(workspace, group, TEXTS, turned)
+
+    def unreached(asking, rows, missing):
+        return {call.number: ("no_reply", "HTTP 500") for call in missing}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Asking, "_send", unreached)
+        made = run(online, workspace)
+    assert made["counts"]["without_pair_by_reason"] == {"unscored: no_reply": 1}
+    assert not plan(CONFIG, workspace).done
+    assert run(CONFIG, workspace) == made  # offline, nothing comes and nothing is lost
+    for turned in (False, True):
+        judged(workspace, first, TEXTS, turned)
+    assert run(CONFIG, workspace)["counts"]["pairs"] == 6
+    assert plan(CONFIG, workspace).done
 
 
 def test_too_many_rounds_without_a_pair_fail_after_everything_is_written(workspace):
