@@ -6,11 +6,15 @@ SQLite serves one node and is one file to back up; several nodes need PostgreSQL
 from __future__ import annotations
 
 import asyncio
+import inspect
 import os
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, nullcontext
+import sqlite3
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager, closing, nullcontext
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy import event, exc
@@ -23,10 +27,37 @@ from milm_ray.serve_settings import ChatSection
 _DRIVERS = {"sqlite": "sqlite+aiosqlite", "postgresql": "postgresql+asyncpg"}
 _MIGRATION_LOCK = 0x6D696C6D  # any number that nobody else locks
 _WRITES = "milm_writes"
+_WAL_S = 60.0  # how long a start waits for others that set up the same new file
+Calls = TypeVar("Calls")
 
 
 class Unavailable(Exception):
     """The database does not answer at the moment; the same call may succeed later."""
+
+
+def uninterrupted(calls: type[Calls]) -> type[Calls]:
+    """A class whose calls of the database go on to their end where their caller is cancelled.
+
+    A transaction that is cut off while it begins or ends may stay open in a connection that nobody
+    has any more, and with it SQLite's one lock. The caller is cancelled all the same, afterwards.
+    """
+    for name, call in list(vars(calls).items()):
+        if inspect.iscoroutinefunction(call) and not name.startswith("_"):
+            setattr(calls, name, _to_its_end(call))
+    return calls
+
+
+def _to_its_end(call: Callable[..., Coroutine[Any, Any, Any]]) -> Callable[..., Any]:
+    @wraps(call)
+    async def ended(*args: Any, **kwargs: Any) -> Any:
+        task = asyncio.create_task(call(*args, **kwargs))
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            await asyncio.wait({task})
+            raise
+
+    return ended
 
 
 def database_url(settings: ChatSection, default: Path | None = None) -> URL:
@@ -88,6 +119,7 @@ class Database:
         """Bring the tables up to date. Replicas that start together wait for the first."""
         if self._sqlite and self.url.database:
             Path(self.url.database).parent.mkdir(parents=True, exist_ok=True)
+            await asyncio.to_thread(_to_wal, self.url.database)
         async with _outages(), self._writing_engine.begin() as connection:
             if not self._sqlite:
                 await connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_MIGRATION_LOCK)))
@@ -143,6 +175,24 @@ def _postgresql(url: URL) -> AsyncEngine:
         pool_pre_ping=True,
         connect_args={"timeout": 10, "command_timeout": 20},
     )
+
+
+def _to_wal(path: str) -> None:
+    """Set the file's journal, which stays so, before many connections do it at once.
+
+    SQLite waits for nobody here, whatever its busy_timeout: who meets another's lock is refused.
+    Whatever else is wrong with the file, the engine's first connection says.
+    """
+    until = time.monotonic() + _WAL_S
+    while time.monotonic() < until:
+        try:
+            with closing(sqlite3.connect(path, timeout=0)) as connection:
+                connection.execute("PRAGMA journal_mode=WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY:
+                return
+        time.sleep(0.05)
 
 
 def _sqlite(url: URL) -> AsyncEngine:

@@ -18,7 +18,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from milm_ray.serving.chat.database import Database
+from milm_ray.serving.chat.database import Database, uninterrupted
 from milm_ray.serving.chat.errors import Refused, not_found
 from milm_ray.serving.chat.tables import PENDING, ChatMessage, ChatSession, Counter, Intervention
 
@@ -39,6 +39,7 @@ class Reply:
     attempt: int
 
 
+@uninterrupted
 class Store:
     def __init__(self, database: Database, owner: str, max_rounds: int) -> None:
         self._database = database

@@ -1,0 +1,68 @@
+"""The chat's SQLite file: who starts or is cut off at a bad moment holds up nobody."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+import time
+from contextlib import closing
+from pathlib import Path
+from types import SimpleNamespace
+
+import aiosqlite
+import pytest
+
+from milm_ray.serve_settings import ChatSection
+from milm_ray.serving.chat import database
+from milm_ray.serving.chat.store import Store
+
+
+def opened(file: Path) -> database.Database:
+    return database.Database(database.database_url(ChatSection(database=f"sqlite:///{file}")))
+
+
+def test_a_new_file_that_another_replica_is_just_setting_up_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "chat.sqlite3"
+
+    async def start() -> None:
+        replica = opened(file)
+        await replica.migrate()
+        await replica.close()
+
+    with closing(sqlite3.connect(file, check_same_thread=False)) as other:
+        other.execute("CREATE TABLE theirs (a)")
+        other.execute("BEGIN IMMEDIATE")
+        waiting = SimpleNamespace(monotonic=time.monotonic, sleep=lambda _: other.rollback())
+        monkeypatch.setattr(database, "time", waiting, raising=False)
+        asyncio.run(start())
+
+
+@pytest.mark.parametrize("moment", range(1, 10))
+def test_a_call_that_is_cut_off_leaves_no_lock_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int
+) -> None:
+    file, under_way = tmp_path / "chat.sqlite3", aiosqlite.Connection._execute
+
+    async def cut_off() -> None:
+        async def executed(self: aiosqlite.Connection, *call: object, **options: object) -> object:
+            nonlocal done
+            done += 1
+            if done == moment:
+                writing.cancel()
+            return await under_way(self, *call, **options)
+
+        done = 0
+        replica = opened(file)
+        await replica.migrate()
+        store = Store(replica, "replica", max_rounds=9)
+        await store.next_number("calls")
+        monkeypatch.setattr(aiosqlite.Connection, "_execute", executed)
+        writing = asyncio.create_task(store.next_number("calls"))
+        await asyncio.gather(writing, return_exceptions=True)
+        with closing(sqlite3.connect(file, timeout=0)) as probe:
+            probe.execute("BEGIN IMMEDIATE")
+        await replica.close()
+
+    asyncio.run(cut_off())
