@@ -146,10 +146,11 @@ class Gate:
         secret = parse_qs(body.decode("ascii", "replace")).get("key", [""])[0].strip()
         if self._keys is None or self._keys.find(secret) is None:
             return _sign_in_page(scope, failed=True)
-        home = scope.get("root_path", "") + "/"
-        response = RedirectResponse(home, 303)
+        root = scope.get("root_path", "").rstrip("/")
+        response = RedirectResponse(f"{root}/", 303)
+        # For /chat too, which is no part of /chat/.
         response.set_cookie(
-            COOKIE, secret, path=home, httponly=True, samesite="strict",
+            COOKIE, secret, path=root or "/", httponly=True, samesite="strict",
             secure=scope["scheme"] == "https", max_age=30 * 86400,
         )  # fmt: skip
         return response

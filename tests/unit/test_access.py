@@ -33,11 +33,13 @@ async def echo(scope, receive, send) -> None:
     await send({"type": "http.response.body", "body": str(size).encode()})
 
 
-def asked(app, *requests: tuple[str, str, dict], client: str = "127.0.0.1") -> list[httpx.Response]:
+def asked(
+    app, *requests: tuple[str, str, dict], client: str = "127.0.0.1", root: str = ""
+) -> list[httpx.Response]:
     """The app's responses to (method, path, httpx options), one after the other."""
 
     async def ask() -> list[httpx.Response]:
-        transport = httpx.ASGITransport(app, client=(client, 1))
+        transport = httpx.ASGITransport(app, client=(client, 1), root_path=root)
         async with httpx.AsyncClient(transport=transport, base_url="http://chat") as http:
             return [await http.request(method, path, **more) for method, path, more in requests]
 
@@ -215,6 +217,15 @@ def test_a_browser_signs_in_with_a_key_and_keeps_it_from_scripts(file: Path) -> 
     assert "SameSite=strict" in cookie
     again = {"headers": {"Cookie": f"{COOKIE}={right.cookies[COOKIE]}"}}
     assert asked(gate, ("GET", "/", again))[0].status_code == 200
+
+
+@pytest.mark.parametrize("root", ["", "/chat"])
+def test_a_browser_s_key_is_sent_to_the_address_without_a_slash_too(file: Path, root: str) -> None:
+    gate = Gate(echo, str(file), sign_in=True, max_body_bytes=10_000)
+    form = {"data": {"key": keys.add(file, "clinic")}}
+    requests = ("POST", f"{root}/sign-in", form), ("GET", root, {}), ("GET", f"{root}/", {})
+    answers = asked(gate, *requests, root=root)
+    assert [answer.status_code for answer in answers] == [303, 200, 200]
 
 
 @settings(max_examples=100, deadline=None)
