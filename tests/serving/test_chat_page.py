@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
 
 from milm_ray.serving import keys
 from tests.browser import CHROMIUM, TIMEOUT_MS, needs_chromium
@@ -167,6 +167,30 @@ def test_a_page_closed_before_its_message_arrived_sends_it_once_when_opened_agai
     assert len(model.asked("这句话不能丢")) == 1
 
 
+@pytest.mark.parametrize("left_by", ["开始新会话", "删除这次会话"])
+def test_a_late_answer_to_a_session_that_was_left_does_not_touch_the_next(
+    page: Page, left_by: str
+) -> None:
+    held: list[Route] = []
+    begin(page)
+    page.route("**/messages", lambda route: route.continue_() if held else held.append(route))
+    say(page, "这句话在路上")
+    expect(page.get_by_role("status")).to_contain_text("正在发送")
+    for button in ("结束会话", "确定", left_by):
+        page.get_by_role("button", name=button).click()
+    if left_by == "删除这次会话":
+        page.get_by_role("button", name="确定").click()
+    begin(page)
+    session = page.evaluate("localStorage['milm.session']")
+    page.get_by_label("您想说的话").fill("我还在写")
+    with page.expect_response(lambda response: response.status in (404, 409)):
+        held[0].continue_()
+    page.get_by_label("您想说的话").press("Enter")
+    replied(page, 1)
+    expect(page.locator("#log .client .said")).to_have_text("我还在写")
+    assert page.evaluate("localStorage['milm.session']") == session
+
+
 def test_stop_and_reply_again(page: Page) -> None:
     begin(page)
     say(page, "慢一点说，停")
@@ -174,8 +198,11 @@ def test_stop_and_reply_again(page: Page) -> None:
     page.get_by_role("button", name="停止回复").click()
     replied(page, 1)
     expect(page.locator("#log .counselor .note")).to_have_text("已停止")
-    page.get_by_role("button", name="重新回复").click()
+    # Each button goes away when it has been pressed; the focus does not.
+    expect(page.get_by_label("您想说的话")).to_be_focused()
+    page.get_by_role("button", name="重新回复").press("Enter")
     expect(page.locator("#log .counselor .said")).to_have_text("".join(SLOW))
+    expect(page.get_by_label("您想说的话")).to_be_focused()
 
 
 def test_a_forbidden_reply_never_appears_in_the_page(page: Page) -> None:

@@ -52,11 +52,12 @@ async function call(method, path, body) {
 const passing = (error) => !(error instanceof Refused) || error.status === 429 || error.status >= 500
   || (error.status === 404 && error.code === "");
 
-async function patiently(action) {
+// shown: whether the page that waits for it is still there to say so.
+async function patiently(action, shown = () => true) {
   for (let attempt = 0; ; attempt++) {
     try { return await action(); } catch (error) {
       if (!passing(error) || error.code === "too_many_sessions") throw error;
-      say(error.code === "no_model" ? word("no_model") : word("again_soon"));
+      if (shown()) say(error.code === "no_model" ? word("no_model") : word("again_soon"));
       await pause(Math.max(1000 * (error.wait ?? 0), Math.min(8000, 500 * 2 ** attempt)));
     }
   }
@@ -167,6 +168,8 @@ function describeRole() {
   $("role-model").textContent = session.model ?? word("hidden");
 }
 
+// What was begun for one session may end when the person has long left it: it must not touch the next.
+const here = (id) => state.session?.session_id === id && !$("chat").hidden;
 const last = () => state.session.messages.at(-1);
 const waiting = () => last()?.role === "counselor" && last().status === "pending";
 
@@ -237,29 +240,27 @@ async function send(event) {
 async function deliver() {
   const outbox = JSON.parse(kept.get("outbox") ?? "null");
   if (!outbox || outbox.session !== state.session.session_id) { kept.remove("outbox"); return; }
-  const { message_id, content } = outbox;
+  const { session, message_id, content } = outbox;
   if (!state.session.messages.some((message) => message.message_id === message_id)) {
     state.session.messages.push({ message_id, role: "client", content, notice: "", kind: "client", status: "done" });
   }
   render();
   say(word("sending"));
+  let failure = null;
   try {
-    await patiently(() => call("POST", `api/sessions/${outbox.session}/messages`, { message_id, content }));
-  } catch (error) {
-    kept.remove("outbox");
-    if (error.code === "busy") {
-      $("text").value = content;
-      await reload();
-    } else {
-      complain(error);
-      $("text").value = content;
-      state.session.messages = state.session.messages.filter((message) => message.message_id !== message_id);
-      render();
-      if (["ended", "limit"].includes(error.code)) showAfter();
-    }
+    await patiently(() => call("POST", `api/sessions/${session}/messages`, { message_id, content }), () => here(session));
+  } catch (error) { failure = error; }
+  if (JSON.parse(kept.get("outbox") ?? "null")?.message_id === message_id) kept.remove("outbox");
+  if (!here(session)) return;
+  if (failure !== null) {
+    $("text").value = content;
+    if (failure.code === "busy") { await reload(); return; }
+    state.session.messages = state.session.messages.filter((message) => message.message_id !== message_id);
+    render();
+    complain(failure);
+    if (["ended", "limit"].includes(failure.code)) showAfter();
     return;
   }
-  kept.remove("outbox");
   if (last().role === "client") {
     state.session.messages.push({ message_id, role: "counselor", content: "", notice: "", kind: "model", status: "pending" });
   }
@@ -269,6 +270,7 @@ async function deliver() {
 // Read a reply to its end, however often the connection breaks.
 async function follow(message_id) {
   const session = state.session;
+  const id = session.session_id;
   const reply = session.messages.find((message) => message.message_id === message_id && message.role === "counselor");
   if (!reply || state.following === message_id) return;
   state.following = message_id;
@@ -276,15 +278,16 @@ async function follow(message_id) {
   say(word("replying"));
   try {
     while (reply.status === "pending") {
-      const response = await patiently(() => call("GET", `api/sessions/${session.session_id}/messages/${message_id}/reply`));
+      const response = await patiently(() => call("GET", `api/sessions/${id}/messages/${message_id}/reply`), () => here(id));
       try { await read(response, reply); } catch { /* broken off: asked for again */ }
       if (state.session !== session) return;
       if (reply.status === "pending") { say(word("again_soon")); await pause(700); }
     }
     say("");
     await reload();
-  } catch (error) { complain(error); } finally { if (state.following === message_id) state.following = null; }
-  if (state.session === session && !$("chat").hidden) { render(); if (document.activeElement === document.body) $("text").focus(); }
+  } catch (error) { if (here(id)) complain(error); } finally { if (state.following === message_id) state.following = null; }
+  // The button that was pressed may be gone, and the focus with it.
+  if (here(id)) { render(); if (document.activeElement === document.body) $("text").focus(); }
 }
 
 async function read(response, reply) {
@@ -299,6 +302,7 @@ async function read(response, reply) {
     for (const event of events) {
       if (!event.startsWith("data: ")) continue;
       const news = JSON.parse(event.slice(6));
+      if (!state.session?.messages.includes(reply)) return reader.cancel();
       if (news.error) return;
       if (news.end) { reply.status = news.end; return; }
       reply.content = news.reset ? news.text : reply.content + news.text;
@@ -312,24 +316,30 @@ async function read(response, reply) {
 // The server's view of the session is the true one.
 async function reload() {
   const id = state.session.session_id;
-  const fresh = await (await patiently(() => call("GET", `api/sessions/${id}`))).json();
+  const fresh = await (await patiently(() => call("GET", `api/sessions/${id}`), () => here(id))).json();
   if (state.session?.session_id !== id) return;
   state.session = fresh;
   render();
 }
 
 async function stop() {
+  const id = state.session.session_id;
+  const path = `api/sessions/${id}/messages/${last().message_id}/stop`;
   $("stop").disabled = true;
-  try { await patiently(() => call("POST", `api/sessions/${state.session.session_id}/messages/${last().message_id}/stop`)); }
-  catch (error) { complain(error); } finally { $("stop").disabled = false; }
+  try { await patiently(() => call("POST", path), () => here(id)); }
+  catch (error) { if (here(id)) complain(error); } finally { $("stop").disabled = false; }
 }
 
 async function retry() {
+  const id = state.session.session_id;
   const { message_id } = last();
-  try {
-    await patiently(() => call("POST", `api/sessions/${state.session.session_id}/messages/${message_id}/retry`));
-    Object.assign(last(), { content: "", notice: "", kind: "model", status: "pending" });
-  } catch (error) { complain(error); await reload(); return; }
+  try { await patiently(() => call("POST", `api/sessions/${id}/messages/${message_id}/retry`), () => here(id)); }
+  catch (error) {
+    if (here(id)) { complain(error); if (here(id)) await reload(); }
+    return;
+  }
+  if (!here(id)) return;
+  Object.assign(last(), { content: "", notice: "", kind: "model", status: "pending" });
   await follow(message_id);
 }
 
