@@ -83,11 +83,24 @@ def estimate(
 
     by_hidden, by_inner = (_FUSED_HIDDEN, _FUSED_INNER) if fused else (_KEPT_HIDDEN, _KEPT_INNER)
     kept = tokens * (by_hidden * hidden + by_inner * inner) * size
+    if settings.lora.dropout:
+        kept += tokens * _by_dropout(hidden, queries, inner, size, fused)
     if settings.gradient_checkpointing is not False:
         activations = layers * tokens * hidden * size + kept
     else:
         activations = layers * kept
     return Estimate(weights, adapter, activations, head_rows * vocabulary * _HEAD_BYTES)
+
+
+def _by_dropout(hidden: int, queries: int, inner: int, size: int, fused: bool) -> int:
+    """Bytes per token that a layer keeps more where its adapters drop some of their input.
+
+    Every adapter then keeps a dropped copy of its own and what was dropped, which is a byte per
+    value on a GPU and a factor on a CPU. The inputs themselves stay only where something else needs
+    them: those of q, k and v, of gate and up, and of down go; the attention may keep that of o.
+    """
+    inputs = 3 * hidden + queries + 2 * hidden + inner
+    return inputs * (size + (1 if fused else size)) - (2 * hidden + inner) * size
 
 
 def settle(

@@ -29,3 +29,11 @@ def process_of_one() -> Iterator[None]:
     yield
     distributed.destroy_process_group()
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def plain_llama(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What fuse_layers sets for transformers' whole module is set back after the test."""
+    from transformers.models.llama import modeling_llama
+
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", modeling_llama.apply_rotary_pos_emb)

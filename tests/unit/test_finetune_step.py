@@ -48,14 +48,6 @@ def phi3():
     return Phi3ForCausalLM(Phi3Config(**SIZE, pad_token_id=0))
 
 
-@pytest.fixture
-def plain_llama(monkeypatch):
-    """What fuse_layers sets for transformers' whole module is set back after the test."""
-    from transformers.models.llama import modeling_llama
-
-    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", modeling_llama.apply_rotary_pos_emb)
-
-
 def samples(count=8, seed=3, lengths=(5, 60)):
     draw = random.Random(seed)
     made = []
