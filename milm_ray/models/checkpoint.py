@@ -45,13 +45,15 @@ def prepare_base(
     out_dir: str | Path = "bases",
     chat_format: str | None = None,
 ) -> Path:
-    """Prepare a base model and return its directory, `out_dir/<name>`.
+    """Prepare a base model and return its directory, `out_dir/<name>` or `out_dir/<name>-<key>`.
 
     name_or_path: a registry name (its hub id and pin), a hub id, a local directory or a cloud URI.
     revision: a hub branch, tag or commit; overrides the registry's pin. chat_format: its name,
     for a base that the registry does not know; otherwise the registry's, or by the model's type.
 
-    The directory appears in one step and is kept while the source and the format are the same.
+    A registry name at its pin and in its format is the plain name; the key of any other is made of
+    its source, revision and format. The directory appears in one step and is kept while the source
+    and the format are the same.
     UserError: the source cannot be found or read, or has a layout that is not supported.
     """
     entry = _registered(str(name_or_path))
@@ -68,12 +70,12 @@ def prepare_base(
     formats.get(format_name)
     marker = {
         "layout": _LAYOUT_VERSION,
-        "source": entry.hub_id if entry else str(name_or_path),
+        "source": entry.hub_id if entry else name,
         "revision": revision or (entry.revision if entry else None),
         "chat_format": format_name,
         "fingerprint": fingerprint(source, formats.template(format_name)),
     }
-    target = Path(out_dir) / (entry.name if entry else Path(str(name_or_path)).name)
+    target = Path(out_dir) / _directory_name(entry, marker)
     if _is_prepared(target, marker):
         return target
     partial = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.partial")
@@ -109,6 +111,18 @@ def architecture(name_or_path: str | Path, revision: str | None = None) -> dict[
             return json.loads(stream.read())
     except (OSError, ValueError) as error:
         raise _uncopied(name, error) from error
+
+
+def _directory_name(entry: registry.BaseModel | None, marker: dict[str, Any]) -> str:
+    """A directory of its own for every base: one engine must not find another's weights in it."""
+    revision, format_name = marker["revision"], marker["chat_format"]
+    if entry and (revision, format_name) == (entry.revision, entry.chat_format):
+        return entry.name
+    origin = marker["source"]
+    if entry is None and Path(origin).is_dir():
+        origin = os.path.abspath(origin)
+    key = hashlib.sha256(json.dumps([origin, revision, format_name]).encode()).hexdigest()[:8]
+    return f"{entry.name if entry else Path(origin).name}-{key}"
 
 
 def _registered(name: str) -> registry.BaseModel | None:

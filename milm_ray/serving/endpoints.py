@@ -21,11 +21,11 @@ _CPU_KV_CACHE_GIB = 0.5
 def prepared_bases(config: Config, workspace: Workspace) -> dict[str, Path]:
     """Every configured base as a directory that engines load, prepared where it is not yet."""
     place = bases_directory(workspace)
+    # The sources as a replica on another node is told them, so that both name a directory alike.
+    sources = {name: _source(model) for name, model in config.models.items()}
     return {
-        name: prepare_base(
-            model.hub_id or model.path or "", model.revision, place, model.chat_format
-        )
-        for name, model in config.models.items()
+        name: prepare_base(source.name_or_path, source.revision, place, source.chat_format)
+        for name, source in sources.items()
     }
 
 

@@ -278,7 +278,7 @@ def test_nothing_is_redone_until_the_source_changes(tmp_path: Path) -> None:
     ids = torch.arange(8)
     expected = original_logits(random_state(seed=7), ids)
     torch.testing.assert_close(logits_of(base, ids), expected, rtol=1e-5, atol=2e-5)
-    assert [path.name for path in (tmp_path / "bases").iterdir()] == ["source"]
+    assert list((tmp_path / "bases").iterdir()) == [base]
 
 
 def test_sizes_are_read_without_the_weights(tmp_path: Path) -> None:
@@ -296,7 +296,8 @@ def test_sizes_are_read_without_the_weights(tmp_path: Path) -> None:
 def test_a_cloud_address_is_copied_and_followed(tmp_path: Path) -> None:
     source = write_original(tmp_path / "source", random_state())
     base = prepare_base(source.as_uri(), out_dir=tmp_path / "bases")
-    assert base == tmp_path / "bases" / "source"
+    assert base.parent == tmp_path / "bases"
+    assert base.name.startswith("source-")
     torch.save(random_state(seed=7), source / "pytorch_model.bin")
     prepare_base(source.as_uri(), out_dir=tmp_path / "bases")
     ids = torch.arange(8)
@@ -304,6 +305,37 @@ def test_a_cloud_address_is_copied_and_followed(tmp_path: Path) -> None:
     torch.testing.assert_close(logits_of(base, ids), expected, rtol=1e-5, atol=2e-5)
     with pytest.raises(UserError, match="cannot copy"):
         prepare_base((tmp_path / "absent").as_uri(), out_dir=tmp_path / "bases")
+
+
+def test_every_base_has_a_directory_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bases = tmp_path / "bases"
+
+    def place(source: Any, revision: str | None = None, name: str | None = None) -> Path:
+        return prepare_base(source, revision, bases, name)
+
+    # One file name, two models.
+    sources = []
+    for seed, model in enumerate(("one", "two")):
+        (tmp_path / model).mkdir()
+        sources.append(write_original(tmp_path / model / "snapshot", random_state(seed)))
+    local = [place(source) for source in sources]
+    cloud = [place(source.as_uri()) for source in sources]
+    ids = torch.arange(8)
+    for base, seed in zip([*local, *cloud], [0, 1, 0, 1], strict=True):
+        expected = original_logits(random_state(seed), ids)
+        torch.testing.assert_close(logits_of(base, ids), expected, rtol=1e-5, atol=2e-5)
+    # One repository, two revisions; the registry's own has the plain name.
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(sources[0]))
+    pinned, other = place("baichuan2"), place("baichuan2", "main")
+    assert pinned == bases / "baichuan2"
+    assert other.name.startswith("baichuan2-")
+    assert place("baichuan-inc/Baichuan2-7B-Chat") == pinned
+    # However a directory is named, with the format that is its own anyway or without.
+    monkeypatch.chdir(tmp_path)
+    assert place("one/snapshot/", None, "baichuan2") == local[0]
+    assert len({*local, *cloud, pinned, other}) == len(list(bases.glob("[!.]*"))) == 6
 
 
 def test_a_failed_import_leaves_nothing(tmp_path: Path) -> None:
@@ -408,8 +440,8 @@ def test_two_at_once_end_with_one_whole_base(tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     assert errors == []
-    assert [path.name for path in (tmp_path / "bases").iterdir()] == ["source"]
-    assert (tmp_path / "bases" / "source" / checkpoint.MARKER).is_file()
+    (base,) = (tmp_path / "bases").iterdir()
+    assert (base / checkpoint.MARKER).is_file()
 
 
 def test_what_cannot_be_imported_is_said(tmp_path: Path) -> None:
