@@ -3,7 +3,8 @@
     python jobs/forget.py --config jobs/configs/paper.yaml --participant P07
     python jobs/forget.py --config jobs/configs/paper.yaml --session SESSION_ID
 
-Copies that were made outside of the workspace are not found. People can do the same in the chat.
+What coders' packets still hold of deleted sessions is named, to be deleted by hand; copies made
+outside of the workspace are not found. People can delete their sessions in the chat, too.
 """
 
 import sys

@@ -125,6 +125,28 @@ def test_a_participant_s_sessions_are_forgotten_in_the_table_too(place, capsys) 
     assert export.run(config, workspace)["counts"]["sessions"] == 0
 
 
+def test_what_a_person_deleted_in_the_chat_is_forgotten_in_the_workspace_too(place, capsys) -> None:
+    config, workspace, file = place
+    export.run(config, workspace)
+    study_packet.run(config, workspace)
+    (item,) = study_packet.load_key(workspace)
+    assert export.forget("", ["--config", str(file), "--participant", "P3"]) == 0
+    assert item not in capsys.readouterr().out  # P1's, who is still there
+    export.run(config, workspace)
+
+    async def delete_in_the_page() -> None:
+        database = Database(database_url(ChatSection(), Path(chat_database(workspace) or "")))
+        await Store(database, "me", max_rounds=10).delete("p" * 64, "session-1")
+        await database.close()
+
+    asyncio.run(delete_in_the_page())
+    assert export.forget("", ["--config", str(file), "--participant", "P1"]) == 0
+    said = capsys.readouterr().out
+    assert "deleted 0 session" in said
+    assert not workspace.exists("sessions", "human")
+    assert f"as {item}, and" in said
+
+
 def test_where_nobody_has_chatted_the_job_says_so(tmp_path: Path) -> None:
     workspace = Workspace.open(str(tmp_path))
     with pytest.raises(UserError, match="no chat database"):

@@ -24,7 +24,7 @@ from milm_ray.serving.chat.database import Database, Unavailable, database_url
 from milm_ray.serving.chat.replies import dialogue
 from milm_ray.serving.chat.tables import ChatMessage, ChatSession
 from milm_ray.serving.endpoints import chat_database
-from milm_ray.workspace import Workspace, digest
+from milm_ray.workspace import MANIFEST, Workspace, digest
 
 log = logging.getLogger("milm_ray")
 ARTIFACT = "sessions/human"
@@ -129,27 +129,54 @@ def forget(description: str, argv: Sequence[str] | None = None) -> int:
     try:
         config = load_config(options.config, options.override)
         workspace = Workspace.open(config.workspace)
-        if options.participant:
-            chosen = ChatSession.participant == options.participant
-        else:
-            chosen = ChatSession.session_id == options.session
-        deleted = _with_database(config, workspace, lambda database: _delete(database, chosen))
+        column = "participant" if options.participant else "session_id"
+        name = options.participant or options.session
+        chosen = getattr(ChatSession, column) == name
+        deleted, left = _with_database(config, workspace, lambda base: _delete(base, chosen))
         print(f"deleted {deleted} session(s) from the chat's database")
-        if deleted and workspace.exists(ARTIFACT):
-            # A table that still holds them must not outlive them.
+        exported = _is_exported(workspace, column, name)
+        if exported:
+            # A table that still holds them must not outlive them, whoever deleted them.
             workspace.clear(ARTIFACT)
             print(f"removed {ARTIFACT}/ too: jobs/sessions.py writes it anew, without them")
+        if items := _still_coded(workspace, left):
+            print(
+                f"packet/ still holds what was said in deleted sessions, as {', '.join(items)}, "
+                "and so do the sheets that coders were given or have sent back: delete them all "
+                "by hand; jobs/sessions.py and jobs/miti.py then make a packet without them"
+            )
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return error.exit_code
-    return 0 if deleted else 1
+    return 0 if deleted or exported else 1
 
 
-async def _delete(database: Database, chosen: Any) -> int:
+async def _delete(database: Database, chosen: Any) -> tuple[int, set[str]]:
+    """How many sessions were deleted, and the ids of those that are left."""
     async with database.write() as transaction:
         result: Any = await transaction.execute(sa.delete(ChatSession).where(chosen))
+        left = set(await transaction.scalars(sa.select(ChatSession.session_id)))
     await database.scrub()
-    return int(result.rowcount)
+    return int(result.rowcount), left
+
+
+def _is_exported(workspace: Workspace, column: str, name: str) -> bool:
+    """Whether the exported table holds a person or session; one that is not whole may."""
+    if not workspace.exists(ARTIFACT, MANIFEST):
+        return workspace.exists(ARTIFACT)
+    return name in workspace.read_table(ARTIFACT, [column])[column].to_pylist()
+
+
+def _still_coded(workspace: Workspace, left: set[str]) -> list[str]:
+    """The items of the coders' packet that were made of sessions that are no longer there."""
+    if not workspace.exists("packet_key", MANIFEST):
+        return []
+    key = json.loads(workspace.read_text("packet_key", "key.json"))
+    return [
+        item
+        for item, entry in key.items()
+        if entry["source"] == "human" and entry["dialogue_id"] not in left
+    ]
 
 
 def _with_database(config: Config, workspace: Workspace, work: Any) -> Any:
