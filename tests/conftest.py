@@ -6,15 +6,27 @@ import atexit
 import os
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 # Before any library that would tell its makers about each run.
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 # A red build is then about the change in it; `make soak` asks for new examples. Loaded before the
 # test modules, whose `@settings` add to the profile that is loaded when they are read.
-settings.register_profile("repeatable", derandomize=True, deadline=None)
-settings.register_profile("explore", max_examples=1000, deadline=None, print_blob=True)
+# No check of how fast examples are drawn: that is about the machine.
+settings.register_profile(
+    "repeatable",
+    derandomize=True,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.register_profile(
+    "explore",
+    max_examples=1000,
+    deadline=None,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow],
+)
 settings.load_profile("repeatable")
 
 

@@ -193,9 +193,11 @@ class Server:
             return response
         response = web.Response(body=data, content_type="application/json")
         await response.prepare(request)
+        if request.transport is not None and not request.transport.is_closing():
+            # Noted before it leaves: whoever has the reply may read the log at once.
+            self.answered += 1
+            self.note("answered", body, finish=finish, **usage)
         await response.write_eof()
-        self.answered += 1
-        self.note("answered", body, finish=finish, **usage)
         return response
 
 

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -166,7 +167,7 @@ def test_killed_worker_and_killed_driver_end_where_an_undisturbed_run_ends(tmp_p
         driver.wait()
     finally:
         for process in started:
-            if process.is_running():
+            with suppress(psutil.NoSuchProcess):
                 process.kill()
         driver.kill()
     assert not (home / "adapters/one/manifest.json").exists()

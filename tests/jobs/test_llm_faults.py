@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,8 @@ def test_killed_at_random_moments_it_finishes_and_asks_nothing_twice(tmp_path: P
             time.sleep(pick.uniform(0, 0.4))
             if victim == "actor":
                 for child in asker_processes():
-                    child.kill()
+                    with suppress(psutil.NoSuchProcess):
+                        child.kill()
                 continue
             if victim == "server":
                 server.kill()

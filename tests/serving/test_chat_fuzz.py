@@ -102,8 +102,12 @@ def test_no_made_up_request_breaks_a_route(schema, chat: ChatServer) -> None:
     @given(case=st.sampled_from(routes).flatmap(lambda route: route.as_strategy()))
     def ask(case) -> None:
         case.headers = {**(case.headers or {}), "X-Person": "0123456789abcdef" * 3}
-        response = case.call(timeout=30)
-        assert response.status_code < 500, response.text
+        response = case.call(timeout=300)
+        # Told apart from a failure: the database did not answer in time, as on a disk that is slow.
+        if case.path == "/health" and response.status_code == 503:
+            assert response.json() == {"status": "no database"}
+        else:
+            assert response.status_code < 500, response.text
 
     ask()
 

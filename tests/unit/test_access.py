@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from milm_ray.errors import UserError
-from milm_ray.serving import keys
+from milm_ray.serving import access, keys
 from milm_ray.serving.access import COOKIE, Bucket, Gate
 from milm_ray.serving.ingress import ChatBody, CompletionBody, Ingress
 from milm_ray.serving.models import IngressArgs
@@ -133,7 +134,9 @@ def test_a_removed_key_is_refused_and_a_new_one_admitted_without_a_restart(
     assert asked(gate, ("GET", "/x", bearer(second)))[0].status_code == 401
 
 
-def test_a_key_s_limit_is_its_own_and_says_when_to_come_back(file: Path) -> None:
+def test_a_key_s_limit_is_its_own_and_says_when_to_come_back(file: Path, monkeypatch) -> None:
+    # Nothing is granted anew while this runs, however long it takes.
+    monkeypatch.setattr(access, "time", SimpleNamespace(monotonic=lambda: 0.0))
     busy, calm = keys.add(file, "busy", 4), keys.add(file, "calm", 4)
     gate = Gate(echo, str(file), max_body_bytes=100)
     answers = asked(gate, *[("GET", "/x", bearer(busy))] * 6, ("GET", "/x", bearer(calm)))
