@@ -27,7 +27,8 @@ from milm_ray.nodes import check_reach
 from milm_ray.workspace import Workspace
 
 log = logging.getLogger("milm_ray")
-_SLOW_START = "timed out during startup"  # Ray's words; it has no type of error for it
+# Ray's words; it has no type of error for it. The second is a head's of its control service.
+_SLOW_START = ("timed out during startup", "Timed out waiting for file")
 
 
 @dataclass(frozen=True)
@@ -214,7 +215,7 @@ def started(start: Callable[[], Any], clear: Callable[[], Any]) -> Any:
         try:
             return start()
         except Exception as error:
-            if last or _SLOW_START not in str(error):
+            if last or not any(words in str(error) for words in _SLOW_START):
                 raise
             # What `clear` leaves of it ends with this process.
             log.warning("Ray did not start within its 30 s; the machine is slow, trying again")

@@ -155,6 +155,45 @@ def wait_for(condition: Callable[[], Any], seconds: float) -> Any:
     return found
 
 
+def ray_node(command: list[str], log: Path, **options: Any) -> subprocess.Popen[bytes]:
+    """`ray start --block`, its output in a file, once the node is up.
+
+    What a start that was given up had already started ends with it.
+    """
+
+    def start() -> subprocess.Popen[bytes]:
+        with log.open("w") as stream:
+            node = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, **options)
+        try:
+            wait_for(lambda: "--block" in log.read_text() or node.poll() is not None, 300)
+        except BaseException:
+            node.kill()
+            raise
+        if node.poll() is not None:
+            raise RuntimeError(f"ray start did not come up:\n{log.read_text()}")
+        return node
+
+    return started(start, lambda: None)
+
+
+def wait_for_jobs(address: str) -> None:
+    """Until a job server takes jobs: on a node that has just started it may not yet.
+
+    Ray itself waits 10 s for that.
+    """
+    for _ in range(5):
+        done = subprocess.run(
+            [RAY, "job", "submit", "--address", address, "--", "true"],
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, "RAY_AUTH_MODE": "token"},
+        )
+        if "No available agent to submit job" not in done.stdout + done.stderr:
+            break
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def _started(start: Callable[[], Any]) -> Any:
     """The node that `start` starts: tried again, and nothing left of it, where Ray gives it up."""
     before = set(psutil.Process().children(recursive=True))

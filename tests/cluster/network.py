@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.cluster.cluster import ENVIRONMENT, RAY, free_port, wait_for
+from tests.cluster.cluster import ENVIRONMENT, RAY, free_port, ray_node
 from tests.processes import command_of
 
 _NODE = {
@@ -39,7 +39,13 @@ class Network:
         self._folder = tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True)
         self._names: list[str] = []
         self._nodes: dict[str, subprocess.Popen[bytes]] = {}
-        self.isolated = _ip("link", "add", self._tag, "type", "bridge")
+        probe = f"{self._tag}-probe"
+        self.isolated = (
+            _ip("netns", "add", probe)
+            and _ip("netns", "exec", probe, "true")
+            and _ip("link", "add", self._tag, "type", "bridge")
+        )
+        _ip("netns", "del", probe)
         self.host = "127.0.0.1"
         if self.isolated:
             self.host = f"{self._net}.1"
@@ -76,7 +82,8 @@ class Network:
             _must("link", "set", self._outer(name), "down")
         else:
             for process in self._processes(name):
-                process.send_signal(signal.SIGSTOP)
+                with suppress(psutil.NoSuchProcess):
+                    process.send_signal(signal.SIGSTOP)
 
     def close(self) -> None:
         for name, node in self._nodes.items():
@@ -111,21 +118,17 @@ class Network:
             command = ["ip", "netns", "exec", self._inner(name)]
         own = self.address(name)
         log = Path(self._folder.name, f"{name}.log")
-        with log.open("w") as stream:
-            self._nodes[name] = subprocess.Popen(
-                [
-                    *(*command, RAY, "start", "--block", "--disable-usage-stats"),
-                    *(f"--node-ip-address={own}", "--object-store-memory=80000000"),
-                    *("--dashboard-agent-listen-port=0", "--dashboard-agent-grpc-port=0"),
-                    *("--min-worker-port=0", "--max-worker-port=0"),
-                    *(option.format(own) for option in options),
-                ],
-                stdout=stream,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, **_NODE},
-            )
-        wait_for(lambda: "--block" in log.read_text() or self._nodes[name].poll() is not None, 120)
-        assert self._nodes[name].poll() is None, log.read_text()
+        self._nodes[name] = ray_node(
+            [
+                *(*command, RAY, "start", "--block", "--disable-usage-stats"),
+                *(f"--node-ip-address={own}", "--object-store-memory=80000000"),
+                *("--dashboard-agent-listen-port=0", "--dashboard-agent-grpc-port=0"),
+                *("--min-worker-port=0", "--max-worker-port=0"),
+                *(option.format(own) for option in options),
+            ],
+            log,
+            env={**os.environ, **_NODE},
+        )
 
     def _lay_link(self, name: str) -> None:
         inner, outer = self._inner(name), self._outer(name)

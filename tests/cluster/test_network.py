@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.cluster import RAY, ROOT, wait_for
+from tests.cluster.cluster import RAY, ROOT, wait_for, wait_for_jobs
 from tests.cluster.network import Network
 from tests.llm_server_process import KEY, ServerProcess
 from tests.transcription_job import (
@@ -63,7 +63,8 @@ def test_a_stopped_job_and_a_broken_link_leave_nothing_lost_and_nothing_asked_tw
         for name in ("a", "b"):
             network.start_node(name)
         with pytest.raises(urllib.error.HTTPError, match="401"):
-            urllib.request.urlopen(f"{network.dashboard}/api/jobs/", timeout=30)
+            urllib.request.urlopen(f"{network.dashboard}/api/jobs/", timeout=300)
+        wait_for_jobs(network.dashboard)
         with ServerProcess(
             tmp_path / "log.jsonl", host=network.host, latency=0.8, jitter=0.3
         ) as server:

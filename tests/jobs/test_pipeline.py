@@ -20,6 +20,7 @@ import pytest
 from botocore.config import Config as BotocoreConfig
 
 from milm_ray.workspace import Workspace
+from tests.cluster.cluster import ray_node, wait_for_jobs
 
 pytestmark = [pytest.mark.scenario, pytest.mark.timeout(3600)]
 
@@ -225,7 +226,7 @@ def head_node(object_store: str) -> Iterator[str]:
     port = _free_port()
     # Sockets live under the directory, and their paths must stay short.
     with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as directory:
-        process = subprocess.Popen(
+        process = ray_node(
             [
                 *(RAY, "start", "--head", "--block", "--num-cpus=2", "--disable-usage-stats"),
                 *(
@@ -235,21 +236,15 @@ def head_node(object_store: str) -> Iterator[str]:
                 ),
                 *(f"--dashboard-port={port}", "--dashboard-agent-listen-port=0"),
             ],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
+            Path(directory, "start.log"),
         )
-        assert process.stdout is not None
-        lines = []
-        for line in process.stdout:
-            lines.append(line)
-            if "--block" in line:
-                break
-        else:
-            pytest.fail("ray start did not come up:\n" + "".join(lines))
-        yield f"http://127.0.0.1:{port}"
-        process.send_signal(signal.SIGTERM)
-        process.wait(timeout=180)
+        address = f"http://127.0.0.1:{port}"
+        try:
+            wait_for_jobs(address)
+            yield address
+        finally:
+            process.send_signal(signal.SIGTERM)
+            process.wait(timeout=180)
 
 
 def test_a_submitted_job_reads_from_and_writes_to_an_object_store(head_node, object_store):
@@ -263,19 +258,15 @@ def test_a_submitted_job_reads_from_and_writes_to_an_object_store(head_node, obj
         f"ingest.corpora.cpsycound.path=s3://raw/CPsyCounD{store}",
         f"ingest.corpora.smilechat.path=s3://raw/SmileChat.tar.gz{store}",
     ]
-    for _ in range(5):
-        done = subprocess.run(
-            command,
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=1600,
-            check=False,
-            env={**os.environ, "RAY_AUTH_MODE": "token"},
-        )
-        # A node that has just started may not take jobs yet; Ray itself waits 10 s for that.
-        if "No available agent to submit job" not in done.stdout + done.stderr:
-            break
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=1600,
+        check=False,
+        env={**os.environ, "RAY_AUTH_MODE": "token"},
+    )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert "succeeded" in done.stdout.lower()
     workspace = Workspace.open(place)
