@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 import time
+import traceback
 from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 
 import aiosqlite
 import pytest
+import sqlalchemy as sa
 
 from milm_ray.serve_settings import ChatSection
 from milm_ray.serving.chat import database
@@ -66,3 +68,21 @@ def test_a_call_that_is_cut_off_leaves_no_lock_behind(
         await replica.close()
 
     asyncio.run(cut_off())
+
+
+def test_an_error_does_not_say_what_people_wrote(tmp_path: Path) -> None:
+    words = "-".join(["mine"] * 3)
+
+    async def fail() -> None:
+        replica = opened(tmp_path / "chat.sqlite3")
+        try:
+            async with replica.write() as transaction:
+                await transaction.execute(sa.text("INSERT INTO absent VALUES (:a)"), {"a": words})
+        finally:
+            await replica.close()
+
+    with pytest.raises(Exception, match=r".") as error:
+        asyncio.run(fail())
+    logged = "".join(traceback.format_exception(error.value))
+    assert "INSERT INTO absent" in logged
+    assert words not in logged

@@ -173,6 +173,7 @@ def _postgresql(url: URL) -> AsyncEngine:
         max_overflow=20,
         pool_timeout=10,
         pool_pre_ping=True,
+        hide_parameters=True,  # they are people's words, and errors are logged
         connect_args={"timeout": 10, "command_timeout": 20},
     )
 
@@ -196,7 +197,9 @@ def _to_wal(path: str) -> None:
 
 
 def _sqlite(url: URL) -> AsyncEngine:
-    engine = create_async_engine(url, pool_size=8, max_overflow=8, pool_timeout=10)
+    engine = create_async_engine(
+        url, pool_size=8, max_overflow=8, pool_timeout=10, hide_parameters=True
+    )
 
     @event.listens_for(engine.sync_engine, "connect")
     def connected(connection: Any, _record: Any) -> None:
