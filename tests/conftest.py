@@ -39,7 +39,8 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     which are processes of their own in the tests, end as they do elsewhere.
     """
     session = config.pluginmanager.get_plugin("session")
-    if session is not None:
+    # What a usage error is, pytest says after this.
+    if session is not None and session.exitstatus != pytest.ExitCode.USAGE_ERROR:
         config.get_terminal_writer().flush()
         atexit._run_exitfuncs()
         os._exit(int(session.exitstatus))

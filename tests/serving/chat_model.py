@@ -3,7 +3,8 @@
     python tests/serving/chat_model.py --log asked.jsonl
 
 慢 answers slowly, and with 停 besides falls silent after four sentences, once; 药 names a drug, 断
-breaks off once in mid-reply, 忙 is too busy once, 拒 refuses.
+breaks off once in mid-reply, 忙 is too busy once, 拒 refuses, 半 cuts an emoji in two and says
+half of another.
 Prints its port when it listens; every question is logged.
 """
 
@@ -58,6 +59,8 @@ class Model:
             sentences = SLOW
         if "药" in said:
             sentences = [SAID, DRUG, ASKED]
+        if "半" in said:
+            sentences = ["好\ud83d\ude42。", "嗯\ud83d。"]
         cut, stuck = (word in said and not again for word in "断停")
         return await self.stream(request, sentences, 10 if "慢" in said else 1, cut, stuck)
 
@@ -90,7 +93,7 @@ class Model:
     ) -> None:
         choice = {"index": 0, "delta": delta, "finish_reason": finish}
         chunk = {"id": "c", "object": "chat.completion.chunk", "created": 0, "model": "m"}
-        event = json.dumps({**chunk, "choices": [choice]}, ensure_ascii=False)
+        event = json.dumps({**chunk, "choices": [choice]})
         await response.write(f"data: {event}\n\n".encode())
 
 

@@ -205,9 +205,7 @@ def test_a_message_whose_replica_and_page_have_gone_is_assessed_all_the_same(
         await opened.close()
 
     asyncio.run(stored_by_a_replica_that_then_died())
-    for _ in range(300):  # nobody listens
-        if person.messages()[1]["status"] == "done":
-            break
+    while person.messages()[1]["status"] != "done":  # nobody listens
         time.sleep(0.1)
     assert person.messages()[1]["kind"] == "preset"
     assert person.get()["risk"] == "high"
@@ -249,6 +247,10 @@ def test_a_model_that_fails_once_is_asked_again(
     text = unique(fault)
     assert person.say(text)["content"] == USUAL
     assert len(model.asked(text)) == 2
+
+
+def test_an_emoji_that_the_model_cuts_in_two_arrives_whole(person: Person) -> None:
+    assert person.say(unique("半"))["content"] == "好🙂。嗯\ufffd。"
 
 
 def test_a_refused_reply_is_said_to_have_failed_and_loses_no_word(

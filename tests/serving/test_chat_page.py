@@ -191,6 +191,27 @@ def test_a_late_answer_to_a_session_that_was_left_does_not_touch_the_next(
     assert page.evaluate("localStorage['milm.session']") == session
 
 
+def test_a_late_deletion_of_a_session_leaves_the_next_open(page: Page) -> None:
+    held: list[Route] = []
+
+    def hold(route: Route) -> None:
+        held.append(route) if route.request.method == "DELETE" else route.continue_()
+
+    begin(page)
+    page.route("**/api/sessions/*", hold)
+    with page.expect_request(lambda request: request.method == "DELETE"):
+        for button in ("结束会话", "确定", "删除这次会话", "确定"):
+            page.get_by_role("button", name=button).click()
+    page.get_by_role("button", name="开始新会话").click()
+    begin(page)
+    session = page.evaluate("localStorage['milm.session']")
+    with page.expect_response(lambda response: response.request.method == "DELETE"):
+        held[0].continue_()
+    say(page, "我还在")
+    replied(page, 1)
+    assert page.evaluate("localStorage['milm.session']") == session
+
+
 def test_stop_and_reply_again(page: Page) -> None:
     begin(page)
     say(page, "慢一点说，停")

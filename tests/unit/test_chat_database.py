@@ -6,6 +6,7 @@ import asyncio
 import sqlite3
 import time
 import traceback
+from collections.abc import AsyncIterator
 from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +17,9 @@ import sqlalchemy as sa
 
 from milm_ray.serve_settings import ChatSection
 from milm_ray.serving.chat import database
+from milm_ray.serving.chat.replies import Replies
 from milm_ray.serving.chat.store import Store
+from milm_ray.serving.chat.tables import ChatSession
 
 
 def opened(file: Path) -> database.Database:
@@ -86,3 +89,50 @@ def test_an_error_does_not_say_what_people_wrote(tmp_path: Path) -> None:
     logged = "".join(traceback.format_exception(error.value))
     assert "INSERT INTO absent" in logged
     assert words not in logged
+
+
+def test_a_file_that_is_no_database_is_an_outage(tmp_path: Path) -> None:
+    (tmp_path / "chat.sqlite3").write_bytes(b"not a database, " * 512)
+
+    async def start() -> None:
+        replica = opened(tmp_path / "chat.sqlite3")
+        try:
+            await replica.migrate()
+        finally:
+            await replica.close()
+
+    with pytest.raises(database.Unavailable):
+        asyncio.run(start())
+
+
+def test_a_reply_that_cannot_be_written_is_not_begun_for_ever(tmp_path: Path) -> None:
+    class Broken:
+        async def reply(self, *_: object) -> AsyncIterator[str]:
+            raise ZeroDivisionError
+            yield ""
+
+    async def chat() -> str:
+        replica = opened(tmp_path / "chat.sqlite3")
+        await replica.migrate()
+        store = Store(replica, "replica", max_rounds=9)
+        session = dict.fromkeys(("participant", "topic", "motivation", "end_reason", "comment"), "")
+        await store.create(
+            ChatSession(
+                session_id="s", person="p", model="m", blind=False, language="zh", risk="none",
+                started_at=0.0, **session,
+            ),
+            max_per_person=1,
+        )  # fmt: skip
+        reply = await store.send("s", "p", "m1", "你好")
+        assert reply is not None
+        replies = Replies(ChatSection(), store, Broken())
+        replies.start(reply)
+        message = await store.message("s", 1)
+        while message is not None and message.status == "pending":
+            await asyncio.sleep(0.01)
+            message = await store.message("s", 1)
+        await replica.close()
+        assert message is not None
+        return message.status
+
+    assert asyncio.run(chat()) == "failed"

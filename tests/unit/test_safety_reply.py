@@ -58,6 +58,10 @@ UNSAFE = {
         "You can call 12356 or 988 right now.",
         "Text HOME to 741741.",
         "You can reach someone at 988.",
+        "Call 1-800-273-8255 24 hours a day.",
+        "拨打 95003 天津热线。",
+        "拨打12320 层层转接。",
+        "可以打这些热线：\n1. 400-161-9995 希望热线",
     ],
 }
 NO_NUMBERS_TO_CALL = [
@@ -72,6 +76,7 @@ NO_NUMBERS_TO_CALL = [
     "跟着数：1 2 3 4 5 6 7 8，慢慢呼气。",
     "可以拨打12356、12355，紧急时拨打110或 120。",
     "12356 —— 全国统一心理援助热线；12355 —— 青少年服务台。",
+    "你给他打了 30 通电话，花了 300 分钟。",
     "You called her in 2019, and you walked 10,000 steps.",
     "You want to reach 150 pounds, and to text less: 300 times a day is a lot.",
 ]

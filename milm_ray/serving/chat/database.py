@@ -190,7 +190,7 @@ def _to_wal(path: str) -> None:
             with closing(sqlite3.connect(path, timeout=0)) as connection:
                 connection.execute("PRAGMA journal_mode=WAL")
             return
-        except sqlite3.OperationalError as error:
+        except sqlite3.DatabaseError as error:
             if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY:
                 return
         time.sleep(0.05)

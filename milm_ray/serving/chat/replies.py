@@ -147,13 +147,16 @@ class Replies:
         same.
         """
         while True:
-            with suppress(Unavailable):
+            try:
                 for key in await self._store.abandoned():
                     if len(self._tasks) >= self._settings.max_replies:
                         break
                     # What is written here goes on by itself after an outage.
                     if key not in self._live and (reply := await self._store.claim(*key)):
                         self.start(reply)
+            except Exception as error:  # whatever it is, the next look may do better
+                if not isinstance(error, Unavailable):
+                    log.error("chat | replies were not taken over: %s", type(error).__name__)
             await asyncio.sleep(_LOOK_EVERY_S)
 
     # writing -------------------------------------------------------------------------------------
@@ -171,6 +174,11 @@ class Replies:
             pass
         except Unavailable:
             log.warning("chat | a reply was given up: the database did not come back")
+        except Exception as error:
+            # Left as it is it would be begun anew for ever. Its own words are not for the log.
+            log.error("chat | a reply failed: %s", type(error).__name__)
+            with suppress(Unavailable, Lost):
+                status = await self._finish(reply, live, "failed", "", "model", "none")
         finally:
             live.finished = True
             if self._live.get(key) is live:

@@ -83,13 +83,14 @@ class Upstream:
                     raise Permanent(type(error).__name__) from None
                 # An even number of turns, so that the client's come first again.
                 kept = kept[max(2, len(kept) // 4 // 2 * 2) :]
-        finished = False
+        finished, half = False, ""
         try:
             async for chunk in stream:
                 for choice in chunk.choices:
                     finished = finished or choice.finish_reason is not None
-                    if choice.delta.content:
-                        yield choice.delta.content
+                    text, half = _characters(half + (choice.delta.content or ""))
+                    if text:
+                        yield text
         except (openai.OpenAIError, OSError) as error:
             raise Transient(type(error).__name__) from None
         except Exception as error:
@@ -141,6 +142,16 @@ class Upstream:
             raise Permanent(f"{type(error).__name__} {error.status_code}") from None
         except openai.OpenAIError as error:
             raise Transient(type(error).__name__) from None
+
+
+def _characters(text: str) -> tuple[str, str]:
+    """`text` as what a database can hold, and a half of a surrogate pair that may find its other.
+
+    Servers that cut a reply into pieces of UTF-16 cut an emoji in two.
+    """
+    half = text[-1:] if "\ud800" <= text[-1:] <= "\udbff" else ""
+    whole = text.removesuffix(half).replace("\0", "")
+    return whole.encode("utf-16", "surrogatepass").decode("utf-16", "replace"), half
 
 
 def _retry_after(error: openai.APIStatusError) -> float:

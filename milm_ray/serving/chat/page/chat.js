@@ -169,7 +169,8 @@ function describeRole() {
 }
 
 // What was begun for one session may end when the person has long left it: it must not touch the next.
-const here = (id) => state.session?.session_id === id && !$("chat").hidden;
+const current = (id) => state.session?.session_id === id;
+const here = (id) => current(id) && !$("chat").hidden;
 const last = () => state.session.messages.at(-1);
 const waiting = () => last()?.role === "counselor" && last().status === "pending";
 
@@ -345,12 +346,14 @@ async function retry() {
 
 async function end() {
   if (!(await sure(word("sure_end")))) return;
+  const id = state.session.session_id;
   try {
-    const path = `api/sessions/${state.session.session_id}/end`;
-    state.session = await (await patiently(() => call("POST", path))).json();
+    const ended = await (await patiently(() => call("POST", `api/sessions/${id}/end`), () => here(id))).json();
+    if (!here(id)) return;
+    state.session = ended;
     say("");
     showAfter();
-  } catch (error) { complain(error); }
+  } catch (error) { if (here(id)) complain(error); }
 }
 
 // after --------------------------------------------------------------------------------------------
@@ -370,13 +373,14 @@ function showAfter() {
 
 async function rate(event) {
   event.preventDefault();
-  const rating = Number(new FormData($("rating-form")).get("rating"));
+  const rated = { rating: Number(new FormData($("rating-form")).get("rating")), comment: $("comment").value };
+  const id = state.session.session_id;
   try {
-    const path = `api/sessions/${state.session.session_id}/rating`;
-    await patiently(() => call("PUT", path, { rating, comment: $("comment").value }));
-    Object.assign(state.session, { rating, comment: $("comment").value });
+    await patiently(() => call("PUT", `api/sessions/${id}/rating`, rated), () => current(id));
+    if (!current(id)) return;
+    Object.assign(state.session, rated);
     say(word("rated"));
-  } catch (error) { complain(error); }
+  } catch (error) { if (current(id)) complain(error); }
 }
 
 async function save() {
@@ -393,11 +397,13 @@ async function save() {
 
 async function remove(path, question) {
   if (!(await sure(question))) return;
+  const id = state.session?.session_id;
   try {
-    await patiently(() => call("DELETE", path));
+    await patiently(() => call("DELETE", path), () => current(id));
+    if (!current(id)) return;
     await showStart();
     say(word("deleted"));
-  } catch (error) { complain(error); }
+  } catch (error) { if (current(id)) complain(error); }
 }
 
 // the rest -----------------------------------------------------------------------------------------
