@@ -163,7 +163,7 @@ def _verdict(answer: Answer) -> Row:
         "source_id": row["source_id"],
         **{name: scores[name] for name in DIMENSIONS},
         "status": "scored" if answer.ok else "unscored",
-        "reason": scores["reason"] if answer.ok else f"{answer.reason}: {answer.detail}",
+        "reason": scores["reason"] if answer.ok else answer.why,
         "reply_key": answer.reply.key if answer.reply else None,
     }
 

@@ -286,9 +286,7 @@ def _rank(config: Config, workspace: Workspace, fingerprint: Mapping[str, Any]) 
                 raw=raw,
             ).row()
         )
-    for artifact in (ARTIFACT, REJECTED):
-        workspace.clear(artifact)
-    workspace.write_table(pa.Table.from_pylist(pairs, PREFERENCES), ARTIFACT)
+    workspace.clear(REJECTED)
     if rejects:
         workspace.write_table(pa.Table.from_pylist(rejects, REJECTS), REJECTED)
     allowed = config.preferences.max_reject_rate
@@ -298,6 +296,8 @@ def _rank(config: Config, workspace: Workspace, fingerprint: Mapping[str, Any]) 
             f"preferences.max_reject_rate allows {allowed:.0%}",
             f"see {REJECTED}/; try another judge model, more preferences.seeds, or raise the rate",
         )
+    workspace.clear(ARTIFACT)
+    workspace.write_table(pa.Table.from_pylist(pairs, PREFERENCES), ARTIFACT)
     workspace.commit(
         ARTIFACT,
         stage="preferences",

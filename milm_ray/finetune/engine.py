@@ -251,16 +251,21 @@ def _finite(value: float) -> bool:
 def _everywhere(packs: Sequence[Pack]) -> list[str]:
     """The names of all workers' samples in these packs."""
     own = [name for pack in packs for name in pack.names]
+    return sorted({name for names in _gathered(own) for name in names})
+
+
+def _gathered(own: Any) -> list[Any]:
+    """What every worker has, by rank."""
     gathered: list[Any] = [None] * distributed.get_world_size()
     distributed.all_gather_object(gathered, own)
-    return sorted({name for names in gathered for name in names})
+    return gathered
 
 
 def save_state(engine: Any, directory: Path, client_state: dict[str, Any]) -> None:
     """Write this worker's part of the resumable state: adapter, optimizer, and client_state."""
-    state = {**client_state, "torch_rng": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda_rng"] = torch.cuda.get_rng_state()
+    own = [torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_available() else None]
+    # DeepSpeed keeps rank 0's client_state alone; each worker draws its own dropout.
+    state = {**client_state, "random_states": _gathered(own)}
     engine.save_checkpoint(
         str(directory), tag=_TAG, client_state=state, exclude_frozen_parameters=True
     )
@@ -273,9 +278,10 @@ def load_state(engine: Any, directory: Path) -> dict[str, Any]:
     )
     if path is None:
         raise FileNotFoundError(f"no DeepSpeed state in {directory}")
-    torch.set_rng_state(state["torch_rng"].cpu())
-    if "cuda_rng" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda_rng"].cpu())
+    cpu, cuda = state["random_states"][distributed.get_rank()]
+    torch.set_rng_state(cpu.cpu())
+    if cuda is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(cuda.cpu())
     return state
 
 

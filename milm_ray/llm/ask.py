@@ -17,7 +17,7 @@ from milm_ray.errors import UserError
 from milm_ray.job import Plan, connect, log
 from milm_ray.llm.asker import Asker, Secrets, blocks, shape
 from milm_ray.llm.client import not_recorded
-from milm_ray.llm.exchange import Answer, Row, Task, Usage, exchange
+from milm_ray.llm.exchange import WITHOUT_REPLY, Answer, Row, Task, Usage, exchange
 from milm_ray.llm.limits import shared_limits
 from milm_ray.llm.prices import cost_of, price_of
 from milm_ray.llm.progress import Progress
@@ -25,9 +25,6 @@ from milm_ray.llm.replies import Reply, Request, request_key
 from milm_ray.llm.reply_store import ReplyStore
 from milm_ray.llm.tokens import estimate_tokens
 from milm_ray.workspace import Workspace
-
-# Why a row has no reply: nothing was paid for it, so the next run asks again.
-_WITHOUT_REPLY = {"no_reply", "bad_request"}
 
 
 class Call(NamedTuple):
@@ -234,7 +231,7 @@ class Asking:
 
 def unasked(reasons: Iterable[str]) -> bool:
     """Whether some row was rejected without a reply (reasons: those in an artifact's counts)."""
-    return not _WITHOUT_REPLY.isdisjoint(reasons)
+    return not WITHOUT_REPLY.isdisjoint(reasons)
 
 
 def ask_again(

@@ -119,10 +119,10 @@ class LLMClient:
         return reply
 
     async def _probe(self) -> None:
-        """Ask something harmless with the same settings; UserError where that is refused too.
+        """Ask something harmless with the same settings; UserError where that fails too.
 
-        A server may refuse what some rows are about, and those may be the first, or the only ones
-        left. Its reply is kept as every reply is; no row has it.
+        A server may refuse, or break on, what some rows are about, and those may be the first, or
+        the only ones left. Its reply is kept as every reply is; no row has it.
         """
         with contextlib.suppress(Rejected):
             await self._ask_once(request_key(self.settings, _PROBE), _PROBE)
@@ -156,8 +156,10 @@ class LLMClient:
             if attempt < self.settings.max_attempts:
                 backoff = min(_LONGEST_PAUSE_S, 0.5 * 2 ** (attempt - 1))
                 await asyncio.sleep(pause + random.uniform(0.25, 1.0) * backoff)
-        if self._last_answer < halfway:
-            # Nobody got an answer while this row was tried again: the fault is not the row's.
+        if self._last_answer < halfway and request is not _PROBE:
+            # Nobody got an answer while this row was tried again: perhaps nobody else asked.
+            await self._probe()
+        elif self._last_answer < halfway:
             raise UserError(
                 f"{self._where()} does not answer ({self.settings.max_attempts} attempts; "
                 f"the last: {failure})",
@@ -199,7 +201,9 @@ class LLMClient:
                 text = str(error)
                 if "max_completion_tokens" in text and names == "max_tokens":
                     self._length_name = "max_completion_tokens"
-                elif "response_format" in options and not self._format_works:
+                elif "response_format" in options and (
+                    shape < self._format or not self._format_works
+                ):
                     shape += 1  # for this call: it may be the row that the server will not have
                 else:
                     raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Generator
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -9,6 +10,8 @@ from typing import Any, Protocol
 from milm_ray.llm.replies import Reply, Request
 
 Row = dict[str, Any]
+# Why a row has no reply: nothing was paid for it, so the next run asks again.
+WITHOUT_REPLY = {"no_reply", "bad_request"}
 
 
 class Unusable(Exception):
@@ -57,6 +60,15 @@ class Answer:
     @property
     def ok(self) -> bool:
         return not self.reason
+
+    @property
+    def why(self) -> str:
+        """Reason and detail of a reject; of a server's words, which each try may word anew (a
+        request's number), the status alone: a table that holds it stays the same."""
+        status = re.search(r"HTTP \d+", self.detail)
+        if self.reason in WITHOUT_REPLY:
+            return f"{self.reason}: {status.group()}" if status else self.reason
+        return f"{self.reason}: {self.detail}"
 
 
 # Finish reasons after which the text is not a result, and the name each is counted under.

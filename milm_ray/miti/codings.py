@@ -131,7 +131,7 @@ def _collect(config: Config, workspace: Workspace, fingerprint: Mapping[str, Any
         for answer in asking.run(wanted):
             key = answer.reply.key if answer.reply else ""
             coded = answer.value or CodedItem(answer.row["item"], _llm_name(config), "", {}, {})
-            why = f"{answer.reason}: {answer.detail}" if answer.reason else ""
+            why = answer.why if answer.reason else ""
             rows.append(_row(packet, coded, "automatic", why=why, reply_key=key))
         facts |= {"usage": asking.usage.facts(), "llm": answered_by(config.coder)}
     workspace.clear(ARTIFACT)

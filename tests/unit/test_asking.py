@@ -197,3 +197,14 @@ def test_the_key_does_not_show_on_its_way(monkeypatch: pytest.MonkeyPatch) -> No
     import os
 
     assert os.environ["OPENAI_API_KEY"] == "sk-very-secret"
+
+
+def test_a_table_says_why_without_what_a_server_words_anew_each_time() -> None:
+    refused = [
+        Answer({}, reason="bad_request", detail=f"HTTP 400: refused (request id: {number})")
+        for number in range(2)
+    ]
+    assert [answer.why for answer in refused] == ["bad_request: HTTP 400"] * 2
+    gone = Answer({}, reason="no_reply", detail="6 attempts; the last: APITimeoutError: timed out")
+    assert gone.why == "no_reply"
+    assert Answer({}, reason="not_json", detail="no brace").why == "not_json: no brace"

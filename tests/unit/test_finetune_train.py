@@ -27,6 +27,7 @@ SETTINGS = {
 
 # Eleven dialogues, ten a step: in the second step one of two workers has nothing to do.
 ODD = {"epochs": 1, "save_steps": 1, "gradient_accumulation": 5, "zero_stage": 3}
+DROP = {"gradient_accumulation": 4, "lora": {"rank": 4, "alpha": 8, "dropout": 0.2}}
 HELD = {"eval_share": 0.2, "eval_steps": 1}
 
 
@@ -117,6 +118,9 @@ def outcomes(tmp_path_factory, base):
                 "resume_from": "killed3/step-2",
                 "settings": {"gradient_accumulation": 4, "zero_stage": 3},
             },
+            {"name": "drop", "settings": DROP},
+            {"name": "killed_drop", "die_after": 2, "settings": DROP},
+            {"name": "resumed_drop", "resume_from": "killed_drop/step-2", "settings": DROP},
             {"name": "odd3", "settings": ODD},
             {"name": "killed_odd3", "die_after": 1, "settings": ODD},
             {"name": "resumed_odd3", "resume_from": "killed_odd3/step-1", "settings": ODD},
@@ -140,6 +144,7 @@ def test_training_lowers_the_loss(outcomes):
     [
         *(("plain", n) for n in ("resumed", "checkpointed", "zero2", "zero3", "resumed3")),
         ("odd3", "resumed_odd3"),
+        ("drop", "resumed_drop"),
     ],
 )
 def test_the_same_curve(outcomes, name, other):

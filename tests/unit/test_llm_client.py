@@ -226,6 +226,14 @@ def test_a_server_that_is_gone_stops_the_job_instead_of_rejecting_rows(start: St
     assert client.recall(question(1)) is not None
 
 
+def test_a_row_that_always_fails_is_rejected_though_no_other_is_left(start: Start) -> None:
+    client, server = start({"max_attempts": 2}, refuse="对话1$", refuse_status=500)
+    (reply,) = ask(client, 1)
+    assert isinstance(reply, Rejected)
+    assert reply.reason == "no_reply"
+    assert len(server.events("answered")) == 1  # something harmless
+
+
 def test_a_row_that_always_fails_is_rejected_while_others_are_answered(start: Start) -> None:
     client, _ = start({"max_attempts": 3, "concurrency": 50}, failing=0.7, latency=0.3, jitter=0.3)
     replies = ask(client, *range(50))
