@@ -42,6 +42,14 @@ def digest(value: Any) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
+def children(filesystem: pafs.FileSystem, directory: str) -> list[pafs.FileInfo]:
+    """What lies in a directory; nothing where there is none."""
+    try:
+        return filesystem.get_file_info(pafs.FileSelector(directory, allow_not_found=True))
+    except FileNotFoundError:  # allow_not_found or not: somebody was just making it
+        return []
+
+
 def home_for(workspace: str) -> str:
     """The place a `workspace` setting means.
 

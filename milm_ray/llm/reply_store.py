@@ -30,7 +30,7 @@ import pyarrow.fs as pafs
 from milm_ray.config import LLMSection
 from milm_ray.errors import UserError
 from milm_ray.llm.replies import Reply, Subject, sampling, storable
-from milm_ray.workspace import Workspace
+from milm_ray.workspace import Workspace, children
 
 FOLDER = "replies"
 _RESERVE = ".reserve"
@@ -169,8 +169,7 @@ class ReplyStore:
         )
 
     def _files(self) -> list[str]:
-        selector = pafs.FileSelector(self._workspace.path(FOLDER), allow_not_found=True)
-        infos = self._workspace.filesystem.get_file_info(selector)
+        infos = children(self._workspace.filesystem, self._workspace.path(FOLDER))
         return sorted(
             info.path
             for info in infos

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from milm_ray.errors import UserError
+from milm_ray.workspace import children
 
 DEFAULT_ADAPTER = "mi"
 CONFIG = "adapter_config.json"
@@ -90,8 +91,7 @@ class AdapterStore:
 
     def list(self, model: str) -> list[Adapter]:
         """Every adapter of one model, `mi` first."""
-        selector = pafs.FileSelector(f"{self._base}/{model}", allow_not_found=True)
-        entries = self._fs.get_file_info(selector)
+        entries = children(self._fs, f"{self._base}/{model}")
         names = sorted(info.base_name for info in entries if info.type == pafs.FileType.Directory)
         found = (self.find(model, name) for name in [DEFAULT_ADAPTER, *names])
         return [adapter for adapter in found if adapter is not None]
@@ -121,5 +121,5 @@ class AdapterStore:
         """The plain files of an adapter's directory by name, None where it is no adapter."""
         if self._fs.get_file_info(f"{path}/{CONFIG}").type != pafs.FileType.File:
             return None
-        entries = self._fs.get_file_info(pafs.FileSelector(path))
+        entries = children(self._fs, path)
         return {info.base_name: info for info in entries if info.type == pafs.FileType.File}

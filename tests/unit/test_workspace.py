@@ -2,12 +2,14 @@
 
 import json
 import time
+from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.fs as pafs
 import pytest
 
 from milm_ray.errors import UserError
-from milm_ray.workspace import MANIFEST, Workspace, digest, home_for
+from milm_ray.workspace import MANIFEST, Workspace, children, digest, home_for
 
 
 @pytest.fixture
@@ -118,3 +120,17 @@ def test_a_place_inside_keeps_the_uris_options(tmp_path):
     assert remote.uri_of("adapters", "glm4") == "s3://bucket/run/adapters/glm4?scheme=http"
     local = Workspace.open(str(tmp_path / "odd?name"))
     assert local.uri_of("adapters") == str(tmp_path / "odd?name" / "adapters")
+
+
+def test_a_directory_that_another_process_is_just_making_is_empty(tmp_path: Path) -> None:
+    class Racing:
+        """Not there when it is listed, there when it is looked for."""
+
+        def get_file_info(self, selector: pafs.FileSelector) -> list[pafs.FileInfo]:
+            raise FileNotFoundError(selector.base_dir)
+
+    assert children(Racing(), "replies") == []
+    (tmp_path / "a.jsonl").touch()
+    local = pafs.LocalFileSystem()
+    assert [info.base_name for info in children(local, str(tmp_path))] == ["a.jsonl"]
+    assert children(local, str(tmp_path / "absent")) == []
