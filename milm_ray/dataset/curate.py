@@ -31,7 +31,7 @@ from milm_ray.dataset.table_rows import Row
 from milm_ray.dataset.transcript import transcript
 from milm_ray.errors import UserError
 from milm_ray.job import Plan, Stage, finished, log
-from milm_ray.llm.ask import Asking, ask_again, unasked
+from milm_ray.llm.ask import Asking, make_or_ask_again, unasked
 from milm_ray.llm.exchange import Answer
 from milm_ray.llm.replies import Request, Subject
 from milm_ray.llm.reply_store import answered_by
@@ -97,10 +97,7 @@ def run(config: Config, workspace: Workspace) -> Mapping[str, Any]:
     """Judge, select, draw Figure 2; returns the manifest of the selection."""
     fingerprint = _fingerprint(config, workspace)
     make = partial(_judge, config, workspace, fingerprint)
-    if workspace.is_done("verdicts", fingerprint) and _unasked(workspace):
-        ask_again(workspace, "verdicts", fingerprint, make)
-    elif not finished(workspace, "verdicts", fingerprint):
-        make()
+    make_or_ask_again(workspace, "verdicts", fingerprint, _unasked, make)
     fingerprint = _selection_fingerprint(config, workspace)
     if not finished(workspace, "selection", fingerprint):
         _select(config, workspace, fingerprint)

@@ -23,7 +23,7 @@ from milm_ray.dataset.table_rows import Row
 from milm_ray.dataset.transcript import transcript
 from milm_ray.errors import UserError
 from milm_ray.job import Plan, Stage, finished
-from milm_ray.llm.ask import Asking, ask_again, unasked
+from milm_ray.llm.ask import Asking, make_or_ask_again, unasked
 from milm_ray.llm.exchange import Answer, Unusable
 from milm_ray.llm.replies import Request, Subject, json_object
 from milm_ray.llm.reply_store import answered_by
@@ -249,10 +249,7 @@ def run(config: Config, workspace: Workspace) -> Mapping[str, Any]:
     """Rank every round's replies and write the pairs; returns the manifest of `preferences/`."""
     fingerprint = _fingerprint(config, workspace)
     make = partial(_rank, config, workspace, fingerprint)
-    if workspace.is_done(ARTIFACT, fingerprint) and _unasked(workspace):
-        ask_again(workspace, ARTIFACT, fingerprint, make)
-    elif not finished(workspace, ARTIFACT, fingerprint):
-        make()
+    make_or_ask_again(workspace, ARTIFACT, fingerprint, _unasked, make)
     return workspace.manifest(ARTIFACT)
 
 

@@ -21,8 +21,8 @@ from milm_ray.dataset.table_rows import Row, in_columns
 from milm_ray.dataset.target import target_behavior
 from milm_ray.dataset.transcript import transcript
 from milm_ray.errors import UserError
-from milm_ray.job import Plan, Stage, finished, log
-from milm_ray.llm.ask import Asking, ask_again, unasked
+from milm_ray.job import Plan, Stage, log
+from milm_ray.llm.ask import Asking, make_or_ask_again, unasked
 from milm_ray.llm.exchange import Answer, Unusable
 from milm_ray.llm.replies import Request, Subject, json_object
 from milm_ray.llm.reply_store import answered_by
@@ -192,10 +192,7 @@ def run(config: Config, workspace: Workspace) -> Mapping[str, Any]:
     """
     fingerprint = _fingerprint(config, workspace)
     make = partial(_transcribe, config, workspace, fingerprint)
-    if workspace.is_done(ARTIFACT, fingerprint) and _unasked(workspace):
-        ask_again(workspace, ARTIFACT, fingerprint, make)
-    elif not finished(workspace, ARTIFACT, fingerprint):
-        make()
+    make_or_ask_again(workspace, ARTIFACT, fingerprint, _unasked, make)
     manifest = workspace.manifest(ARTIFACT)
     counts = manifest["counts"]
     rate = counts["rejected"] / max(1, counts["asked"])

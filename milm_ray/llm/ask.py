@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from milm_ray.config import Config, LLMSection
 from milm_ray.errors import UserError
-from milm_ray.job import Plan, connect, log
+from milm_ray.job import Plan, connect, finished, log
 from milm_ray.llm.asker import Asker, Secrets, blocks, shape
 from milm_ray.llm.client import not_recorded
 from milm_ray.llm.exchange import WITHOUT_REPLY, Answer, Row, Task, Usage, exchange
@@ -234,13 +234,21 @@ def unasked(reasons: Iterable[str]) -> bool:
     return not WITHOUT_REPLY.isdisjoint(reasons)
 
 
-def ask_again(
-    workspace: Workspace, artifact: str, fingerprint: Mapping[str, Any], make: Callable[[], Any]
+def make_or_ask_again(
+    workspace: Workspace,
+    artifact: str,
+    fingerprint: Mapping[str, Any],
+    has_unasked: Callable[[Workspace], bool],
+    make: Callable[[], Any],
 ) -> None:
-    """Make a finished artifact anew, for the rows of it that have no reply.
+    """Make an artifact that is not there, or anew for the rows of it that have no reply.
 
     A few of them must not hold up what needs the artifact: where the server is gone, it stays.
     """
+    if not (workspace.is_done(artifact, fingerprint) and has_unasked(workspace)):
+        if not finished(workspace, artifact, fingerprint):
+            make()
+        return
     log.info("some rows of %s/ have no reply; they are asked for again", artifact)
     try:
         make()

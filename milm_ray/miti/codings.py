@@ -17,8 +17,8 @@ from typing import Any
 import pyarrow as pa
 
 from milm_ray.config import Config
-from milm_ray.job import Plan, Stage, finished, log
-from milm_ray.llm.ask import Asking, ask_again, unasked
+from milm_ray.job import Plan, Stage, log
+from milm_ray.llm.ask import Asking, make_or_ask_again, unasked
 from milm_ray.llm.reply_store import answered_by
 from milm_ray.miti import annomi, chinese_coder, study_packet, trained_coder
 from milm_ray.miti.coding_scheme import CODE_NAMES
@@ -100,10 +100,7 @@ def run(config: Config, workspace: Workspace) -> Mapping[str, Any]:
     """Collect every coding there is; returns the manifest of `codings/`."""
     fingerprint = _fingerprint(config, workspace)
     make = partial(_collect, config, workspace, fingerprint)
-    if workspace.is_done(ARTIFACT, fingerprint) and _unasked(workspace):
-        ask_again(workspace, ARTIFACT, fingerprint, make)
-    elif not finished(workspace, ARTIFACT, fingerprint):
-        make()
+    make_or_ask_again(workspace, ARTIFACT, fingerprint, _unasked, make)
     return workspace.manifest(ARTIFACT)
 
 

@@ -154,9 +154,10 @@ class Replies:
                     # What is written here goes on by itself after an outage.
                     if key not in self._live and (reply := await self._store.claim(*key)):
                         self.start(reply)
+            except Unavailable:
+                pass
             except Exception as error:  # whatever it is, the next look may do better
-                if not isinstance(error, Unavailable):
-                    log.error("chat | replies were not taken over: %s", type(error).__name__)
+                log.error("chat | replies were not taken over: %s", type(error).__name__)
             await asyncio.sleep(_LOOK_EVERY_S)
 
     # writing -------------------------------------------------------------------------------------
